@@ -1,0 +1,1 @@
+"""Networks that have no well-kept library version."""
