@@ -1,8 +1,8 @@
 """The train and test transforms of the official code, on whole batches.
 
 The same distribution as torchvision's RandomResizedCrop(scale 0.2-1), RandomHorizontalFlip,
-RandomApply(ColorJitter(0.4, 0.4, 0.4, 0.1), 0.8), RandomGrayscale(0.2), drawn independently for every image of
-the batch. Cropping and antialiased resizing are two small matrix products per image.
+RandomApply(ColorJitter(0.4, 0.4, 0.4, 0.1), 0.8), RandomGrayscale(0.2), drawn independently for every image
+of the batch. Cropping and antialiased resizing are two small matrix products per image.
 """
 
 import math
@@ -61,7 +61,7 @@ def random_crops(native_sizes: Tensor, generator: Generator, attempts: int = 10)
 
 
 def central_crops(native_sizes: Tensor) -> Tensor:
-    """RandomResizedCrop's way out: the largest central box whose ratio is allowed. (N, 2) -> (N, 4) pixels."""
+    """RandomResizedCrop's way out: the largest central box of an allowed ratio. (N, 2) -> (N, 4) pixels."""
     height, width = native_sizes.double().unbind(1)
     h = torch.minimum(height, (width / RATIO[0]).round())
     w = torch.minimum(width, (height * RATIO[1]).round())
@@ -84,7 +84,7 @@ def resize_crops(images: Tensor, boxes: Tensor, flips: Tensor, size: int) -> Ten
 
 
 def interpolation_matrix(start: Tensor, length: Tensor, side: int, size: int) -> Tensor:
-    """Weights that resample [start, start + length) of `side` pixels to `size`: (N,), (N,) -> (N, size, side).
+    """Weights that map [start, start + length) of `side` pixels to `size`: (N,), (N,) -> (N, size, side).
 
     A triangle as wide as an output pixel (at least one source pixel), cut off at the box and normalised.
     """
@@ -99,7 +99,7 @@ def interpolation_matrix(start: Tensor, length: Tensor, side: int, size: int) ->
 
 
 def color_jitter(images: Tensor, generator: Generator) -> Tensor:
-    """RandomApply(ColorJitter(0.4, 0.4, 0.4, 0.1), p=0.8), its four steps in an order of its own for every image.
+    """RandomApply(ColorJitter(0.4, 0.4, 0.4, 0.1), p=0.8), its four steps ordered at random per image.
 
     (N, 3, H, W) float in [0, 1] -> the same.
     """
@@ -118,7 +118,7 @@ def color_jitter(images: Tensor, generator: Generator) -> Tensor:
 
 
 def blend_step(images: Tensor, kind: Tensor, factors: Tensor) -> Tensor:
-    """Brightness, contrast or saturation, whichever `kind` (N,) names for each image; hue images pass unchanged.
+    """Brightness, contrast or saturation, as `kind` (N,) says for each image; hue images pass unchanged.
 
     All three blend the image with a base: black, its mean gray, or its own gray.
     """

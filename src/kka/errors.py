@@ -32,9 +32,13 @@ def run_script(main: Callable[[], None]) -> None:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" while writing {error.filename}" if error.filename else ""
-            sys.exit(_say(f"error: the disk is full{where}; free some space and run the same command again", 1))
+            sys.exit(
+                _say(f"error: the disk is full{where}; free some space and run the same command again", 1)
+            )
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            sys.exit(_say(f"error: no permission to write {error.filename}; choose another folder", BAD_INPUT))
+            sys.exit(
+                _say(f"error: no permission to write {error.filename}; choose another folder", BAD_INPUT)
+            )
         raise
 
 

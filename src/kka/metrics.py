@@ -38,7 +38,7 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
 
 
 def format_interval(values: Sequence[float], scale: float = 100) -> str:
-    """"mean ± half width (n)" in percent, or the mean alone for one value."""
+    """ "mean ± half width (n)" in percent, or the mean alone for one value."""
     mean, half = mean_interval(values)
     interval = f" ± {scale * half:.2f}" if half is not None else ""
     return f"{scale * mean:.2f}{interval} (n = {len(values)})"

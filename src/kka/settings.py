@@ -25,37 +25,50 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def build_parser(settings_class: type, description: str) -> argparse.ArgumentParser:
+def build_parser(description: str, *settings_classes: type) -> argparse.ArgumentParser:
     """A parser with one flag per field; flags that are not given are absent from the result."""
     parser = _Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    hints = typing.get_type_hints(settings_class)
-    for field in dataclasses.fields(settings_class):
-        kind, many = _element_type(hints[field.name])
-        parse = parse_bool if kind is bool else kind
-        extra: dict[str, Any] = {"nargs": "*", "action": "extend"} if many else {}
-        parser.add_argument(
-            f"--{field.name}",
-            type=parse,
-            choices=field.metadata["choices"],
-            metavar=None if field.metadata["choices"] else kind.__name__.upper(),
-            help=f"{field.metadata['help']} (default: {field.default})".replace("%", "%%"),
-            **extra,
-        )
+    for settings_class in settings_classes:
+        title = (settings_class.__doc__ or "").splitlines()[0]
+        group = parser.add_argument_group(title)
+        hints = typing.get_type_hints(settings_class)
+        for field in dataclasses.fields(settings_class):
+            _add_flag(group, field, *_element_type(hints[field.name]))
     return parser
 
 
-def make_settings(settings_class: type[S], *layers: Mapping[str, Any]) -> S:
-    """Settings from layers of values, later ones winning; raises UserError for unknown keys or wrong types."""
-    values: dict[str, Any] = {}
-    for layer in layers:
-        values.update(layer)
-    hints = typing.get_type_hints(settings_class)
-    for key, value in values.items():
-        if key not in hints:
-            close = difflib.get_close_matches(key, hints, n=1)
+def _add_flag(group: Any, field: Any, kind: type, many: bool) -> None:
+    extra: dict[str, Any] = {"nargs": "*", "action": "extend"} if many else {}
+    group.add_argument(
+        f"--{field.name}",
+        type=parse_bool if kind is bool else kind,
+        choices=field.metadata["choices"],
+        metavar=None if field.metadata["choices"] else kind.__name__.upper(),
+        help=f"{field.metadata['help']} (default: {field.default})".replace("%", "%%"),
+        **extra,
+    )
+
+
+def check_keys(values: Mapping[str, Any], *settings_classes: type) -> None:
+    """Raises UserError for a key that is a field of none of the classes."""
+    known = [field.name for cls in settings_classes for field in dataclasses.fields(cls)]
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
             raise UserError(f"unknown setting {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
-        values[key] = _convert(key, value, hints[key])
-    return settings_class(**values)
+
+
+def make_settings(settings_class: type[S], values: Mapping[str, Any]) -> S:
+    """Settings from those values that are fields of the class; raises UserError for wrong types."""
+    hints = typing.get_type_hints(settings_class)
+    fields: dict[str, Any] = {field.name: field for field in dataclasses.fields(settings_class)}  # type: ignore[arg-type]
+    chosen = {}
+    for key in values.keys() & fields.keys():
+        chosen[key] = _convert(key, values[key], hints[key])
+        choices = fields[key].metadata["choices"]
+        if choices and chosen[key] not in choices:
+            raise UserError(f"setting {key!r} must be one of {', '.join(choices)}; it is {chosen[key]!r}")
+    return settings_class(**chosen)
 
 
 def to_json(settings: Any) -> dict[str, Any]:
@@ -87,9 +100,8 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
             return None
         raise UserError(f"setting {key!r} must not be null")
     if many:
-        if not isinstance(value, list | tuple):
-            raise UserError(f"setting {key!r} must be a list, it is {value!r}")
-        return tuple(_scalar(key, item, kind) for item in value)
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(_scalar(key, item, kind) for item in items)
     return _scalar(key, value, kind)
 
 

@@ -58,7 +58,12 @@ TEMPLATES = (
 SYNONYMS: dict[str, dict[str, tuple[str, ...]]] = {
     "colour": {"purple": ("violet",), "yellow": ("golden",), "magenta": ("fuchsia",), "lavender": ("lilac",)},
     "count": {"sparse": ("few",), "many": ("numerous",), "dense": ("crowded",)},
-    "shape": {"thin": ("narrow",), "pointed": ("pointy",), "round": ("rounded",), "heart-shaped": ("notched",)},
+    "shape": {
+        "thin": ("narrow",),
+        "pointed": ("pointy",),
+        "round": ("rounded",),
+        "heart-shaped": ("notched",),
+    },
     "size": {"small": ("tiny",), "medium": ("medium-sized",), "large": ("big",)},
     "centre": {"black": ("dark",), "yellow": ("golden",)},
 }
@@ -159,7 +164,9 @@ def make_garden(out: Path, seed: int = 0, n_anomalies: int = 200) -> None:
         return
     write_json(out / "garden.partial.json", settings)
     plan = list(_plan(n_anomalies))
-    with tqdm(total=sum(count for *_, count in plan), desc=f"drawing {out}", unit="image", disable=None) as bar:
+    with tqdm(
+        total=sum(count for *_, count in plan), desc=f"drawing {out}", unit="image", disable=None
+    ) as bar:
         for class_id, split, first, count in plan:
             _write_split(out, seed, class_id, split, first, count)
             bar.update(count)

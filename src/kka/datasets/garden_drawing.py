@@ -43,8 +43,17 @@ COUNTS: dict[str, tuple[int, ...]] = {
     "many": (9, 10, 11),
     "dense": (15, 16, 17),
 }
-SIZES: dict[str, tuple[float, float]] = {"small": (12, 15), "medium": (18, 22), "large": (25, 30)}  # radius, px
-_WIDTHS = {"thin": 0.085, "pointed": 0.20, "round": 0.30, "heart-shaped": 0.33}  # half width / length of a petal
+SIZES: dict[str, tuple[float, float]] = {
+    "small": (12, 15),
+    "medium": (18, 22),
+    "large": (25, 30),
+}  # radius, px
+_WIDTHS = {
+    "thin": 0.085,
+    "pointed": 0.20,
+    "round": 0.30,
+    "heart-shaped": 0.33,
+}  # half width / length of a petal
 SHAPES = tuple(_WIDTHS)
 
 # backdrop: ranges of hue in degrees, saturation and value

@@ -65,8 +65,12 @@ class Images:
 
     def take(self, indices: Sequence[int]) -> "Images":
         """The images at `indices`, in that order."""
-        columns = (self.paths, self.targets, self.classes, self.captions)
-        return Images(*(tuple(column[i] for i in indices) for column in columns))
+        return Images(
+            tuple(self.paths[i] for i in indices),
+            tuple(self.targets[i] for i in indices),
+            tuple(self.classes[i] for i in indices),
+            tuple(self.captions[i] for i in indices),
+        )
 
     @property
     def generated(self) -> tuple[bool, ...]:
@@ -74,7 +78,9 @@ class Images:
         return tuple(name == str(ANOMALY_FOLDER) for name in self.classes)
 
 
-def read_class_folder(folder: Path, split: str, target: int, spec: DataSetSpec, class_name: str = "") -> Images:
+def read_class_folder(
+    folder: Path, split: str, target: int, spec: DataSetSpec, class_name: str = ""
+) -> Images:
     """Images of one class folder.
 
     Args:
@@ -84,7 +90,7 @@ def read_class_folder(folder: Path, split: str, target: int, spec: DataSetSpec, 
         spec: tells the caption file and the captions per image.
         class_name: recorded for each image; the folder's name by default.
 
-    Raises UserError naming the file for a missing image, an entry outside the folder, or a wrong caption count.
+    Raises UserError naming the file if an image is missing or outside the folder, or captions do not fit.
     """
     name_list = folder / NAME_LIST[split]
     names = _read_strings(name_list)
@@ -104,7 +110,9 @@ def write_class_folder(
     """
     for name, block in zip(names, captions, strict=True):
         if len(block) != spec.captions_per_image:
-            raise ValueError(f"{name}: {len(block)} captions, {spec.name} has {spec.captions_per_image} per image")
+            raise ValueError(
+                f"{name}: {len(block)} captions, {spec.name} has {spec.captions_per_image} per image"
+            )
     write_json(folder / caption_file(spec, split), [caption for block in captions for caption in block])
     write_json(folder / NAME_LIST[split], list(names))
 
@@ -116,7 +124,9 @@ def caption_file(spec: DataSetSpec, split: str) -> str:
 
 def list_images(folder: Path) -> list[Path]:
     """Image files directly in `folder`, sorted by name; hidden files are passed over."""
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+    return sorted(
+        p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")
+    )
 
 
 def _read_strings(path: Path) -> list[str]:
@@ -130,18 +140,22 @@ def _read_strings(path: Path) -> list[str]:
 
 
 def _locate(folder: Path, name: str, name_list: Path) -> Path:
-    """The file that an entry of a name list means: a path inside the folder, or its last part (official code)."""
+    """The file that a name list means: a path inside the folder, or its last part (official code)."""
     entry = PurePosixPath(name.replace("\\", "/"))
     outside = entry.is_absolute() or ".." in entry.parts
     path = folder / (entry.name if outside else entry)
     if path.suffix.lower() not in IMAGE_SUFFIXES:
-        raise UserError(f"{name_list} lists {name!r}, which is not an image file ({'/'.join(sorted(IMAGE_SUFFIXES))})")
+        raise UserError(
+            f"{name_list} lists {name!r}, which is not an image file ({'/'.join(sorted(IMAGE_SUFFIXES))})"
+        )
     if path.is_file():
         return path
     if (folder / entry.name).is_file():
         return folder / entry.name
     if outside:
-        raise UserError(f"{name_list} lists {name!r}, which points outside {folder}; entries must lie in that folder")
+        raise UserError(
+            f"{name_list} lists {name!r}, which points outside {folder}; entries must lie in that folder"
+        )
     raise UserError(f"{name_list} lists {name!r}, but {path} does not exist; restore it or remove the entry")
 
 
@@ -154,7 +168,7 @@ def _read_captions(folder: Path, split: str, count: int, spec: DataSetSpec) -> t
     flat, each = _read_strings(path), spec.captions_per_image
     if len(flat) != count * each:
         raise UserError(
-            f"{path} holds {len(flat)} captions for {count} images, expected {count * each} ({each} per image); "
+            f"{path} holds {len(flat)} captions for {count} images, not {count * each} ({each} per image); "
             f"the first image without its full {each} is number {len(flat) // each}"
         )
     return tuple(tuple(flat[i * each : (i + 1) * each]) for i in range(count))

@@ -42,8 +42,13 @@ class UpsampledDeconv(nn.ConvTranspose2d):
     def __init__(self, n_in: int, n_out: int, crop: int = 0) -> None:
         super().__init__(n_in, n_out, 5, bias=False, padding=2 + crop)
         self.crop = crop
-        folds = [[[1, 1, 0, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]], [[1, 0, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 1]]]
-        self.register_buffer("taps", torch.tensor(folds, dtype=torch.float32), persistent=False)  # (phase, 3, 5)
+        folds = [
+            [[1, 1, 0, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]],
+            [[1, 0, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 1]],
+        ]
+        self.register_buffer(
+            "taps", torch.tensor(folds, dtype=torch.float32), persistent=False
+        )  # (phase, 3, 5)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         kernel = self.weight.flip(2, 3)  # a transposed convolution is a correlation with the turned kernel
@@ -53,7 +58,18 @@ class UpsampledDeconv(nn.ConvTranspose2d):
         return y[..., self.crop : -self.crop, self.crop : -self.crop] if self.crop else y
 
 
-class CIFAR10LeNet(nn.Module):
+class Encoder(nn.Module):
+    """What a detector needs to know of its network."""
+
+    channels: int
+    """1 gray or 3 RGB"""
+    size: int
+    """side of the images"""
+    rep_dim: int
+    """dimensions of the output"""
+
+
+class CIFAR10LeNet(Encoder):
     """(N, 3, 32, 32) -> (N, 128)."""
 
     channels, size, rep_dim = 3, 32, 128
@@ -92,7 +108,7 @@ class CIFAR10LeNetDecoder(nn.Module):
         return torch.sigmoid(self.deconv4(x))
 
 
-class FashionMNISTLeNet(nn.Module):
+class FashionMNISTLeNet(Encoder):
     """(N, 1, 28, 28) -> (N, 64)."""
 
     channels, size, rep_dim = 1, 28, 64
@@ -127,7 +143,7 @@ class FashionMNISTLeNetDecoder(nn.Module):
         return torch.sigmoid(self.deconv3(x))
 
 
-class MNISTLeNet(nn.Module):
+class MNISTLeNet(Encoder):
     """(N, 1, 28, 28) -> (N, 32)."""
 
     channels, size, rep_dim = 1, 28, 32
@@ -172,13 +188,13 @@ class Autoencoder(nn.Module):
         return self.decoder(self.encoder(x))
 
 
-NETWORKS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
+NETWORKS: dict[str, tuple[type[Encoder], type[nn.Module]]] = {
     "cifar10_LeNet": (CIFAR10LeNet, CIFAR10LeNetDecoder),
     "fmnist_LeNet": (FashionMNISTLeNet, FashionMNISTLeNetDecoder),
     "mnist_LeNet": (MNISTLeNet, MNISTLeNetDecoder),
 }
 
 
-def build_network(net_name: str) -> nn.Module:
+def build_network(net_name: str) -> Encoder:
     """A new encoder by its official name; raises KeyError for an unknown one."""
     return NETWORKS[net_name][0]()

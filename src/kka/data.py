@@ -1,0 +1,134 @@
+"""The tensors of one experiment and the labels of its training images."""
+
+import logging
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kka.datasets.images import Decoded, content_digest, decode, working_side
+from kka.datasets.layout import Images
+from kka.datasets.task import Task
+from kka.errors import UserError
+from kka.seeds import derive_seed
+from kka.semi_supervised import paper_setting, ratio_setting, solve_counts
+from kka.train_set import TrainSet
+
+HELDOUT = 0.2  # share of the normals kept from training by --threshold_from heldout
+
+log = logging.getLogger(__name__)
+
+
+class LabelSettings(Protocol):
+    """The options that decide which training image is labelled what."""
+
+    @property
+    def ratio_known_normal(self) -> float | None: ...
+    @property
+    def ratio_known_outlier(self) -> float | None: ...
+    @property
+    def ratio_pollution(self) -> float | None: ...
+    @property
+    def threshold_from(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Data:
+    """Decoded images of a task; the lists name exactly the images that could be read."""
+
+    task: Task
+    normals: Decoded
+    generated: Decoded
+    test: Decoded
+
+
+def digest_task(task: Task) -> tuple[str, str, str]:
+    """Content digests of normals, generated and test images."""
+    normals, generated, test = (
+        content_digest(part.paths) for part in (task.normals, task.generated, task.test)
+    )
+    return normals, generated, test
+
+
+def load_data(
+    task: Task, digests: tuple[str, str, str], size: int, skip_bad: bool, threads: int, bgr: bool
+) -> Data:
+    """Decode a task's images; training images also at the working size. See `decode` for the arguments."""
+    side = working_side(task.normals.paths)
+    normals = decode(task.normals.paths, digests[0], side, size, skip_bad, threads, "normal images")
+    generated = decode(task.generated.paths, digests[1], side, size, skip_bad, threads, "generated anomalies")
+    test = decode(task.test.paths, digests[2], 0, size, skip_bad, threads, "test images")
+    if bgr:
+        normals, generated, test = (_swap_channels(part) for part in (normals, generated, test))
+    kept = np.flatnonzero(generated.good.numpy())
+    task = Task(
+        _kept(task.normals, normals),
+        _kept(task.generated, generated),
+        tuple(task.generated_index[i] for i in kept),
+        _kept(task.test, test),
+    )
+    n_skipped = normals.n_skipped + generated.n_skipped + test.n_skipped
+    if n_skipped:
+        log.warning("%d unreadable images were skipped; they are named above", n_skipped)
+    return Data(task, normals, generated, test)
+
+
+def build_train_set(data: Data, settings: LabelSettings, seed: int) -> tuple[TrainSet, Tensor]:
+    """The training set with its semi-supervised labels, and the rows of normals that are kept out of it.
+
+    Without any ratio every normal is unlabelled and every generated anomaly labelled (the paper); with one,
+    the counts are the official ones. Normals are held out only for --threshold_from heldout.
+    """
+    rng = np.random.default_rng(derive_seed(seed, "labels"))
+    n_normal, n_generated = len(data.normals.images), len(data.generated.images)
+    order = rng.permutation(n_normal)
+    n_heldout = round(HELDOUT * n_normal) if settings.threshold_from == "heldout" else 0
+    if settings.threshold_from == "heldout" and n_heldout < 1:
+        raise UserError(f"--threshold_from heldout needs more normals than {n_normal}")
+    used = np.sort(order[n_heldout:])
+    rows, semi_targets = _label(len(used), n_generated, settings, rng)
+    rows = np.r_[used, n_normal + np.arange(n_generated)][rows]
+    both = _concatenate(data.normals, data.generated)
+    index = torch.from_numpy(rows)
+    train = TrainSet(
+        both.images[index],
+        both.native_sizes[index],
+        both.resized[index],
+        (index >= n_normal).long(),
+        torch.from_numpy(semi_targets),
+    )
+    return train, torch.from_numpy(np.sort(order[:n_heldout]))
+
+
+def _label(
+    n_normal: int, n_generated: int, settings: LabelSettings, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    ratios = (settings.ratio_known_normal, settings.ratio_known_outlier, settings.ratio_pollution)
+    if all(ratio is None for ratio in ratios):
+        return paper_setting(n_normal, n_generated)
+    known_normal, known_outlier, pollution = (ratio or 0.0 for ratio in ratios)
+    counts = solve_counts(n_normal, known_normal, known_outlier, pollution)
+    if counts.known_outlier == 0 and known_outlier > 0:
+        log.warning(
+            "--ratio_known_outlier %s labels no anomaly at all: %d labelled and %d unlabelled normals, "
+            "%d anomalies treated as normal, 0 labelled anomalies; leave out the ratios to label all of them",
+            known_outlier, counts.known_normal, counts.unlabelled_normal, counts.unlabelled_outlier,
+        )  # fmt: skip
+    return ratio_setting(counts, n_normal, n_generated, rng)
+
+
+def _kept(images: Images, decoded: Decoded) -> Images:
+    return images.take([i for i, good in enumerate(decoded.good.tolist()) if good])
+
+
+def _swap_channels(decoded: Decoded) -> Decoded:
+    return replace(decoded, images=decoded.images.flip(1), resized=decoded.resized.flip(1))
+
+
+def _concatenate(*parts: Decoded) -> Decoded:
+    def joined(name: str) -> Tensor:
+        return torch.cat([getattr(part, name) for part in parts])
+
+    return Decoded(joined("images"), joined("native_sizes"), joined("resized"), joined("good"))

@@ -1,0 +1,198 @@
+"""Files to tensors: every image is decoded once, in threads, and the result is cached on disk by content.
+
+RandomResizedCrop(32, scale 0.2-1) cuts out at least sqrt(0.2 * 3/4) = 0.39 of a side, so an image of 128 px
+gives crops of 50 px or more: a working size of 128 px is never enlarged and loses nothing for 32 px.
+"""
+
+import hashlib
+import logging
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from tqdm import tqdm
+
+from kka.errors import UserError
+from kka.files import write_bytes
+
+CACHE_VERSION = 1  # of the decoding below; another version does not read older caches
+MAX_WORKING_SIDE = 128
+MAX_PIXELS = 64_000_000  # a larger picture is taken for a decompression bomb
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A list of images as tensors."""
+
+    images: Tensor
+    """(N, 3, S, S) uint8 RGB, squeezed to a square; (N, 3, 0, 0) if no working copy was asked for"""
+    native_sizes: Tensor
+    """(N, 2) int64, height and width of the files"""
+    resized: Tensor
+    """(N, 3, H, W) uint8 RGB, the test transform's Resize((H, W))"""
+    good: Tensor
+    """(number of paths,) bool, False for files that were skipped as unreadable; N is their number of Trues"""
+
+    @property
+    def n_skipped(self) -> int:
+        """Number of unreadable files."""
+        return int((~self.good).sum())
+
+
+def working_side(paths: Sequence[Path]) -> int:
+    """Side of the square working copies: the largest side of any file, at most 128 px."""
+    return min(MAX_WORKING_SIDE, max((max(_open(path).size) for path in paths), default=1))
+
+
+def decode(
+    paths: Sequence[Path],
+    digest: str,
+    side: int,
+    size: int,
+    skip_bad: bool = False,
+    threads: int = 0,
+    name: str = "images",
+) -> Decoded:
+    """Read images, from the cache if the same files were decoded before.
+
+    Args:
+        paths: image files in any mode Pillow reads; EXIF orientation is applied.
+        digest: their `content_digest`, under which the result is cached.
+        side: side of the working copies; 0 for none.
+        size: side of the resized ones.
+        skip_bad: leave unreadable files out instead of raising UserError.
+        threads: 0 means one per core.
+        name: what the progress bar calls them.
+    """
+    if not paths:
+        empty = torch.empty(0, 3, size, size, dtype=torch.uint8)
+        images, sizes = torch.empty(0, 3, side, side, dtype=torch.uint8), torch.empty(0, 2, dtype=torch.long)
+        return Decoded(images, sizes, empty, torch.empty(0, dtype=torch.bool))
+    cached = _cache_file(digest, side, size, skip_bad)
+    if cached is not None and cached.exists():
+        try:
+            return Decoded(**safetensors.torch.load(cached.read_bytes()))
+        except (OSError, safetensors.SafetensorError, TypeError):
+            log.warning("the cache %s is damaged and made anew", cached)
+    decoded = _decode_all(paths, side, size, skip_bad, threads, name)
+    if cached is not None:
+        _store(cached, decoded)
+    return decoded
+
+
+def read_image(path: Path) -> Image.Image:
+    """An image file as RGB; raises UserError naming it if it cannot be read."""
+    picture = _open(path)
+    if picture.width * picture.height > MAX_PIXELS:
+        raise UserError(
+            f"{path} has {picture.width} x {picture.height} pixels, more than {MAX_PIXELS}; shrink it"
+        )
+    try:
+        picture.load()
+        if picture.mode.startswith("I;16"):
+            log.warning("%s has 16 bits per channel; values above 255 become white", path)
+        picture = ImageOps.exif_transpose(picture)
+        return picture if picture.mode == "RGB" else picture.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); restore it or give --skip_bad_images True") from None
+
+
+def cache_folder() -> Path:
+    """Where decoded images are kept: $KKA_CACHE ("off" for nowhere), else kka in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("KKA_CACHE") or Path(base) / "kka")
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # read_image has a stricter limit
+            return Image.open(path)
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
+        raise UserError(
+            f"{path} is no readable image ({error}); restore it or give --skip_bad_images True"
+        ) from None
+
+
+def _decode_all(
+    paths: Sequence[Path], side: int, size: int, skip_bad: bool, threads: int, name: str
+) -> Decoded:
+    n = len(paths)
+    images = np.empty((n, side, side, 3), np.uint8)
+    resized = np.empty((n, size, size, 3), np.uint8)
+    native_sizes, good = np.zeros((n, 2), np.int64), np.ones(n, bool)
+
+    def decode_one(i: int) -> None:
+        try:
+            picture = read_image(paths[i])
+        except UserError as error:
+            if not skip_bad:
+                raise
+            log.warning("skipped: %s", error)
+            good[i] = False
+            return
+        native_sizes[i] = picture.height, picture.width
+        resized[i] = np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR))
+        if side:
+            images[i] = np.asarray(picture.resize((side, side), Image.Resampling.LANCZOS))
+
+    _in_threads(decode_one, n, threads, f"decoding {name}")
+    return Decoded(
+        _channels_first(images[good]),
+        torch.from_numpy(native_sizes[good]),
+        _channels_first(resized[good]),
+        torch.from_numpy(good),
+    )
+
+
+def _in_threads(work: Callable[[int], None], n: int, threads: int, title: str) -> None:
+    # Pillow releases the interpreter lock while it decodes and resizes.
+    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+        try:
+            for _ in tqdm(
+                pool.map(work, range(n)), total=n, desc=title, unit="image", disable=None, leave=False
+            ):
+                pass
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _channels_first(images: np.ndarray) -> Tensor:
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+def content_digest(paths: Sequence[Path]) -> str:
+    """SHA-256 over the contents of files, in their order."""
+    digest = hashlib.sha256()
+    try:
+        for path in paths:
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror})") from None
+    return digest.hexdigest()
+
+
+def _cache_file(digest: str, side: int, size: int, skip_bad: bool) -> Path | None:
+    """Named by the content of the files, so that a changed file is never served from the cache."""
+    if os.environ.get("KKA_CACHE") == "off":
+        return None
+    key = repr((CACHE_VERSION, Image.__version__, digest, side, size, skip_bad))
+    return cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:40]}.safetensors"
+
+
+def _store(path: Path, decoded: Decoded) -> None:
+    try:
+        write_bytes(path, safetensors.torch.save(vars(decoded)))
+    except OSError as error:
+        log.warning("decoded images were not cached (%s); set KKA_CACHE to a writable folder", error)

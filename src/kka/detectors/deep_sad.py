@@ -1,0 +1,276 @@
+"""Deep SAD (Ruff et al., ICLR 2020), the confusion evaluator of KKA (Eq. 5).
+
+An encoder without biases maps normal images near a fixed centre c and labelled anomalies away from it; the
+score is the squared distance to c. Implementation details are numbered in docs/implementation_details.md.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import MultiStepLR
+
+from kka.augment import augment, luma, normalize, to_unit
+from kka.errors import TrainingError, UserError
+from kka.journal import Journal
+from kka.networks.lenet import NETWORKS, Autoencoder, build_network
+from kka.seeds import generator, seeded
+from kka.settings import option
+from kka.train_set import TrainSet
+
+EPS = 1e-6  # in the inverse of Eq. (5)
+MIN_CENTER = 0.1  # no coordinate of c is closer to 0: a bias-free network would reach it by zero weights
+SCORE_BATCH = 256
+OPTIMIZERS = ("adam", "amsgrad")
+
+M = TypeVar("M", bound=nn.Module)
+
+Evaluate = Callable[[Callable[[Tensor], Tensor]], float | None]
+"""Takes a function from images to scores, returns the test AUC"""
+
+
+@dataclass(frozen=True)
+class DeepSADSettings:
+    """Deep SAD's options; names are the official code's, defaults are the paper's."""
+
+    net_name: str = option("cifar10_LeNet", "network", tuple(NETWORKS))
+    eta: float = option(1.0, "weight of the labelled images")
+    optimizer_name: str = option("adam", "optimizer of the detector", OPTIMIZERS)
+    lr: float = option(1e-4, "learning rate of the detector")
+    n_epochs: int | None = option(
+        None, "training epochs; None: 150 CIFAR-100, 200 Oxford-102, 300 UCM-Caption"
+    )
+    lr_milestone: tuple[int, ...] = option((50,), "epochs after which the learning rate drops to a tenth")
+    batch_size: int = option(32, "images per training step")
+    weight_decay: float = option(0.5e-6, "L2 penalty (lambda) of the detector")
+    pretrain: bool = option(True, "start from the encoder of an autoencoder")
+    ae_optimizer_name: str = option("adam", "optimizer of the autoencoder", OPTIMIZERS)
+    ae_lr: float = option(1e-4, "learning rate of the autoencoder")
+    ae_n_epochs: int = option(200, "epochs of the autoencoder")
+    ae_lr_milestone: tuple[int, ...] = option((), "epochs after which its learning rate drops to a tenth")
+    ae_batch_size: int = option(32, "images per step of the autoencoder")
+    ae_weight_decay: float = option(0.5e-3, "L2 penalty of the autoencoder")
+    official_pretrain: bool = option(
+        False, "pre-train as the official code: normalised target, weights dropped"
+    )
+    center_from: str = option("normals", "images whose mean is the centre c", ("normals", "all"))
+    drop_last: bool = option(False, "drop the last incomplete batch of an epoch, as the official code")
+    test_every: int = option(0, "epochs between two test AUCs for curves, never used for selection; 0: none")
+
+
+def check_settings(settings: DeepSADSettings) -> None:
+    """Raises UserError naming the flag of the first value out of range."""
+    for name in ("lr", "ae_lr", "eta"):
+        if not getattr(settings, name) > 0:
+            raise UserError(f"--{name} must be above 0, it is {getattr(settings, name)}")
+    for name in ("batch_size", "ae_batch_size"):
+        if getattr(settings, name) < 2:
+            raise UserError(
+                f"--{name} must be at least 2 (batch normalisation), it is {getattr(settings, name)}"
+            )
+    for name in ("weight_decay", "ae_weight_decay", "n_epochs", "ae_n_epochs", "test_every"):
+        if (getattr(settings, name) or 0) < 0:
+            raise UserError(f"--{name} must not be negative, it is {getattr(settings, name)}")
+    if any(epoch < 1 for epoch in (*settings.lr_milestone, *settings.ae_lr_milestone)):
+        raise UserError(
+            "--lr_milestone and --ae_lr_milestone are epochs from 1 on; leave them empty for none"
+        )
+
+
+# Eq. (5), the part of one image
+def deep_sad_loss(distances: Tensor, semi_targets: Tensor, eta: float = 1.0) -> Tensor:
+    """(N,) squared distances, (N,) semi targets -> (N,) losses: d if unlabelled, else eta (d + eps)^semi."""
+    labelled = eta * (distances + EPS) ** semi_targets.to(distances)
+    return torch.where(semi_targets == 0, distances, labelled)
+
+
+def move_from_zero(center: Tensor) -> Tensor:
+    """(D,) -> (D,) with every coordinate at least MIN_CENTER from 0, an exact 0 included."""
+    sign = torch.where(center < 0, -1.0, 1.0)
+    return torch.where(center.abs() < MIN_CENTER, sign * MIN_CENTER, center)
+
+
+def reconstruction_error(reconstructions: Tensor, targets: Tensor) -> Tensor:
+    """(N, C, H, W) twice -> (N,) mean squared error."""
+    return (reconstructions - targets).square().flatten(1).mean(1)
+
+
+class Hypersphere(nn.Module):
+    """An encoder and the centre of its sphere; forward gives squared distances."""
+
+    center: Tensor
+
+    def __init__(self, net_name: str) -> None:
+        super().__init__()
+        self.net = build_network(net_name)
+        self.register_buffer("center", torch.zeros(self.net.rep_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) normalised -> (N,)."""
+        return (self.net(x) - self.center).square().sum(1)
+
+
+class DeepSAD:
+    """Deep SAD on images; the same class with and without generated anomalies."""
+
+    def __init__(self, settings: DeepSADSettings, seed: int = 0, device: str | torch.device = "cpu") -> None:
+        check_settings(settings)
+        self.settings, self.seed, self.device = settings, seed, torch.device(device)
+        with seeded(seed, "init"):
+            self.autoencoder = _channels_last(Autoencoder(settings.net_name).to(self.device))
+            self.model = _channels_last(Hypersphere(settings.net_name).to(self.device))
+        self.warm_start = False  # weights and centre were loaded: no pre-training, no new centre
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images that the network takes."""
+        return self.model.net.size
+
+    def fit(self, train: TrainSet, journal: Journal | None = None, evaluate: Evaluate | None = None) -> None:
+        """Pre-train the encoder, fix the centre, train; resumes from the journal's checkpoint.
+
+        Raises UserError if there are too few images, TrainingError if a loss is not finite.
+        """
+        journal = journal or Journal()
+        self._check_size(train)
+        train = train.to(self.device)
+        if self.settings.pretrain and not self.warm_start:
+            self.pretrain(train, journal, evaluate)
+        if not self.warm_start:
+            self.model.center.copy_(self.find_center(train))
+        self.train(train, journal, evaluate)
+
+    def pretrain(self, train: TrainSet, journal: Journal, evaluate: Evaluate | None = None) -> None:
+        """Train the autoencoder on all training images and hand its encoder to the detector."""
+        s, autoencoder = self.settings, self.autoencoder
+        optimizer = _optimizer(s.ae_optimizer_name, autoencoder, s.ae_lr, s.ae_weight_decay)
+        scheduler = MultiStepLR(optimizer, list(s.ae_lr_milestone), gamma=0.1)
+        parts = {"autoencoder": autoencoder, "optimizer": optimizer, "scheduler": scheduler}
+        for epoch in journal.epochs("pretrain", s.ae_n_epochs, **parts):
+            autoencoder.train()
+            total = 0.0
+            for batch, images in self._batches(train, "pretrain", epoch, s.ae_batch_size):
+                inputs = normalize(images).contiguous(memory_format=torch.channels_last)
+                targets = inputs if s.official_pretrain else images
+                loss = F.mse_loss(autoencoder(inputs), targets)
+                total += len(batch) * _step(optimizer, loss, f"epoch {epoch} of pre-training")
+            scheduler.step()
+            journal.record("pretrain", epoch, loss=total / self._epoch_size(train, s.ae_batch_size))
+        if evaluate is not None and "ae" not in journal.facts:
+            journal.facts["ae"] = {"test_auc": evaluate(self.autoencoder_score)}
+        if not s.official_pretrain:
+            self.model.net.load_state_dict(autoencoder.encoder.state_dict(), strict=True)
+
+    def train(self, train: TrainSet, journal: Journal, evaluate: Evaluate | None = None) -> None:
+        """Minimise Eq. (5) around the fixed centre."""
+        s, model = self.settings, self.model
+        optimizer = _optimizer(s.optimizer_name, model, s.lr, s.weight_decay)
+        scheduler = MultiStepLR(optimizer, list(s.lr_milestone), gamma=0.1)
+        parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+        for epoch in journal.epochs("train", s.n_epochs or 0, **parts):
+            model.train()
+            total = 0.0
+            for batch, images in self._batches(train, "train", epoch, s.batch_size):
+                inputs = normalize(images).contiguous(memory_format=torch.channels_last)
+                loss = deep_sad_loss(model(inputs), train.semi_targets[batch], s.eta).mean()
+                total += len(batch) * _step(optimizer, loss, f"epoch {epoch} of training")
+            scheduler.step()
+            curve = {}
+            if evaluate is not None and s.test_every and (epoch + 1) % s.test_every == 0:
+                curve = {"test_auc": evaluate(self.score)}
+            journal.record("train", epoch, loss=total / self._epoch_size(train, s.batch_size), **curve)
+
+    @torch.no_grad()
+    def find_center(self, train: TrainSet) -> Tensor:
+        """The mean output for the normal images (test transform, eval mode), moved away from 0. -> (D,)"""
+        self.model.eval()
+        chosen = train.resized
+        if self.settings.center_from == "normals":
+            chosen = chosen[train.targets == 0]
+        outputs = [self.model.net(normalize(self._unit(part))) for part in chosen.split(SCORE_BATCH)]
+        return move_from_zero(torch.cat(outputs).mean(0))
+
+    @torch.no_grad()
+    def score(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) uint8 at the network's size -> (N,) squared distance to the centre, on the CPU."""
+        self.model.eval()
+        parts = [self.model(normalize(self._unit(part))) for part in images.split(SCORE_BATCH)]
+        return torch.cat(parts).cpu()
+
+    @torch.no_grad()
+    def autoencoder_score(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) uint8 -> (N,) reconstruction error of the pre-trained autoencoder, on the CPU."""
+        self.autoencoder.eval()
+        errors = []
+        for part in images.split(SCORE_BATCH):
+            unit = self._unit(part)
+            inputs = normalize(unit)
+            targets = inputs if self.settings.official_pretrain else unit
+            errors.append(reconstruction_error(self.autoencoder(inputs), targets))
+        return torch.cat(errors).cpu()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights and centre."""
+        return self.model.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Start from these weights and this centre; `fit` then neither pre-trains nor moves the centre."""
+        self.model.load_state_dict(state, strict=True)
+        self.warm_start = True
+
+    def _batches(self, train: TrainSet, phase: str, epoch: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (indices, augmented images in [0, 1]) of one epoch in random order."""
+        stream = generator(self.seed, phase, epoch)
+        order = torch.randperm(len(train), generator=stream)[: self._epoch_size(train, size)]
+        for batch in order.split(size):
+            images = augment(train.images[batch], train.native_sizes[batch], self.image_size, stream)
+            yield batch, self._shown(images)
+
+    def _epoch_size(self, train: TrainSet, batch_size: int) -> int:
+        """Images used in an epoch: all, but for an incomplete batch that is unwanted or a single image."""
+        rest = len(train) % batch_size
+        return len(train) - rest if rest == 1 or self.settings.drop_last else len(train)
+
+    def _check_size(self, train: TrainSet) -> None:
+        sizes = [self.settings.batch_size] + [self.settings.ae_batch_size] * self.settings.pretrain
+        if not (train.targets == 0).any():
+            raise UserError("there are no normal images to train on")
+        if len(train) < 2:
+            raise UserError("training needs at least 2 images (batch normalisation), there is 1")
+        if not all(self._epoch_size(train, size) for size in sizes):
+            raise UserError(
+                f"{len(train)} training images do not fill one batch of {max(sizes)}; "
+                "lower --batch_size and --ae_batch_size or leave out --drop_last"
+            )
+
+    def _unit(self, images: Tensor) -> Tensor:
+        unit = self._shown(to_unit(images.to(self.device)))
+        return unit.contiguous(memory_format=torch.channels_last)
+
+    def _shown(self, images: Tensor) -> Tensor:
+        return luma(images) if self.model.net.channels == 1 else images
+
+
+def _channels_last(module: M) -> M:
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _optimizer(name: str, model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Adam:
+    return torch.optim.Adam(
+        model.parameters(), lr=lr, weight_decay=weight_decay, amsgrad=name == "amsgrad", fused=True
+    )
+
+
+def _step(optimizer: torch.optim.Optimizer, loss: Tensor, where: str) -> float:
+    """One gradient step; returns the loss, raises TrainingError if it is not finite."""
+    value = loss.item()
+    if not math.isfinite(value):
+        raise TrainingError(f"the loss became {value} in {where}; lower --lr or --eta")
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return value

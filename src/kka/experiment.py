@@ -1,0 +1,124 @@
+"""Experiments: every seed of one setting, with mean and interval."""
+
+import logging
+import secrets
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kka.datasets import get_spec
+from kka.datasets.layout import ANOMALY_FOLDER, DataSetSpec
+from kka.datasets.sources import data_root
+from kka.datasets.task import Choice, Task, parse_user_dict, read_task
+from kka.detectors.deep_sad import DeepSADSettings, check_settings
+from kka.errors import UserError
+from kka.files import write_json
+from kka.metrics import format_interval, mean_interval
+from kka.options import ExperimentSettings, check_options
+from kka.results import load_weights
+from kka.run import Run
+from kka.runs import CONFIG
+
+log = logging.getLogger(__name__)
+
+
+def run_experiment(settings: ExperimentSettings, detector: DeepSADSettings) -> list[dict[str, Any]]:
+    """Run one experiment for every seed; returns the results, and with several seeds writes summary.json.
+
+    Raises UserError for bad input, TrainingError for a run without a meaningful result.
+    """
+    spec = get_spec(settings.dataset_name)
+    check_options(settings)
+    detector = replace(detector, n_epochs=spec.n_epochs if detector.n_epochs is None else detector.n_epochs)
+    check_settings(detector)
+    weights = load_weights(Path(settings.load_model)) if settings.load_model else None
+    device = find_device(settings.device, settings.strict_device)
+    if settings.num_threads:
+        torch.set_num_threads(settings.num_threads)
+    torch.set_flush_denormal(True)  # denormal numbers slow a CPU many times
+    root = data_root(spec, settings.data_path)
+    first = secrets.randbelow(2**31) if settings.seed == -1 else settings.seed
+    seeds = [replace(settings, seed=first + k) for k in range(settings.runs)]
+    runs = [Run(each, detector, spec, choose_task(each, spec, root), device, weights) for each in seeds]
+    if settings.runs > 1 and (runs[0].folder.parent / CONFIG).exists():
+        raise UserError(
+            f"{runs[0].folder.parent} holds a single run; choose another --xp_path or --name for --runs"
+        )
+    results = [run.execute() for run in runs]
+    if settings.runs > 1:
+        summarize(runs[0].folder.parent, results)
+    return results
+
+
+def choose_task(settings: ExperimentSettings, spec: DataSetSpec, root: Path) -> Task:
+    """The images that the options take from the data set at `root`.
+
+    Without folder 0, and if the user did not ask for it, a run without anomalies is made, with a warning.
+    """
+    choice = Choice(
+        user_dict=parse_user_dict(settings.user_dict) if settings.user_dict else None,
+        iterate=settings.iterate,
+        normal_classes=find_normal_classes(settings, spec),
+        anomaly_path=Path(settings.anomaly_path).expanduser() if settings.anomaly_path else None,
+        n_anomalies=settings.n_anomalies,
+        seed=settings.seed,
+    )
+    asked = settings.user_dict or settings.iterate or settings.anomaly_path or settings.n_anomalies > 0
+    if not asked and settings.n_anomalies < 0 and not (root / str(ANOMALY_FOLDER)).is_dir():
+        log.warning("there are no generated anomalies at %s; training on normal images only", root / "0")
+        choice = replace(choice, n_anomalies=0)
+    return read_task(spec, root, choice)
+
+
+def find_normal_classes(settings: ExperimentSettings, spec: DataSetSpec) -> tuple[int, ...]:
+    """--normal_class or the classes of --normal_superclass; empty for the data set's own."""
+    given, name = settings.normal_class, settings.normal_superclass
+    if name is None:
+        if given and spec.name == "folder":
+            raise UserError(
+                "--normal_class is for numbered class folders; --dataset_name folder has only `good`"
+            )
+        if len(set(given)) < len(given):
+            raise UserError(f"--normal_class names a class twice: {' '.join(map(str, given))}")
+        return () if given == (0,) else given  # 0 is the official default and means the data set's own
+    if given:
+        raise UserError("give either --normal_class or --normal_superclass")
+    matches = [key for key in spec.superclasses if name == key] or [
+        key for key in spec.superclasses if name in key
+    ]
+    if len(matches) != 1:
+        known = ", ".join(spec.superclasses) or f"none, {spec.title} has no superclasses"
+        raise UserError(f"--normal_superclass {name!r} means {matches or 'nothing'}; known are {known}")
+    return spec.superclasses[matches[0]]
+
+
+def find_device(name: str, strict: bool) -> torch.device:
+    """The device, or the CPU with a message if it is missing; raises UserError for nonsense or if `strict`."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name!r} is no device; use cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name!r} is not supported; use cpu, cuda or cuda:N")
+    if device.type == "cpu" or (device.index or 0) < torch.cuda.device_count():
+        return device
+    if strict:
+        raise UserError(f"--device {name} is not there; leave out --strict_device to run on the CPU")
+    log.warning("%s is not there; running on the CPU", name)
+    return torch.device("cpu")
+
+
+def summarize(folder: Path, results: list[dict[str, Any]]) -> None:
+    """Write summary.json with every seed's AUC, their mean and its 95 % t-interval, and log it."""
+    summary: dict[str, Any] = {"seeds": [result["seed"] for result in results]}
+    for key in ("test_auc", "test_aupr"):
+        values = [result[key] for result in results]
+        summary[key] = values
+        if None not in values:
+            summary[f"{key}_mean"], summary[f"{key}_interval95"] = mean_interval(values)
+    write_json(folder / "summary.json", summary, indent=2)
+    if "test_auc_mean" in summary:
+        log.info("test AUC over %d seeds: %s %%", len(results), format_interval(summary["test_auc"]))
+    log.info("summary: %s", folder / "summary.json")

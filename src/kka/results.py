@@ -1,0 +1,108 @@
+"""What a finished run leaves behind: scores, hard and easy anomalies, the model."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from kka.augment import IMAGENET_MEAN, IMAGENET_STD
+from kka.errors import TrainingError, UserError
+from kka.files import write_bytes, write_json
+from kka.metrics import aupr, auroc
+
+MODEL, MODEL_CARD = "model.safetensors", "model.json"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Generated anomalies with their scores and the split of Eq. (6)."""
+
+    index: tuple[int, ...]
+    """place of each image in the list of the anomaly folder"""
+    captions: tuple[tuple[str, ...], ...]
+    """captions of each image"""
+    scores: np.ndarray
+    """(N,) higher = more anomalous"""
+    hard: np.ndarray
+    """(N,) bool, Eq. (6)"""
+    easy: np.ndarray
+    """positions of the easy ones"""
+    threshold: float
+    """score of the detector below which an image is hard"""
+
+    def counts(self) -> dict[str, Any]:
+        """For results.json."""
+        n_hard, n_easy = int(self.hard.sum()), len(self.easy)
+        return {
+            "threshold": self.threshold,
+            "n_generated": len(self.index),
+            "n_hard": n_hard,
+            "n_easy": n_easy,
+        }
+
+    def rows(self, positions: np.ndarray) -> list[Any]:
+        """The official format: [[index, label, score], [caption, ...]] for each position."""
+        return [
+            [[self.index[i], 1, float(self.scores[i])], list(self.captions[i])] for i in map(int, positions)
+        ]
+
+
+def write_split(folder: Path, split: Scored) -> None:
+    """Write d_samples.json (hard) and e_samples.json (easy); they list generated images only."""
+    write_json(folder / "d_samples.json", split.rows(np.flatnonzero(split.hard)))
+    write_json(folder / "e_samples.json", split.rows(split.easy))
+
+
+def test_metrics(targets: tuple[int, ...], scores: Tensor) -> dict[str, Any]:
+    """AUC, average precision and scores of the test set under the official keys, in test order."""
+    rows = [
+        [i, target, score] for i, (target, score) in enumerate(zip(targets, scores.tolist(), strict=True))
+    ]
+    values = scores.numpy()
+    return {"test_auc": auroc(targets, values), "test_aupr": aupr(targets, values), "test_scores": rows}
+
+
+def check_scores(*scores: Tensor) -> None:
+    """Raises TrainingError if scores are not finite or, rounded to 1e-8, all the same."""
+    values = torch.cat(scores).double()
+    if not values.isfinite().all():
+        raise TrainingError("some scores are not finite; lower --lr or --eta")
+    if len(values) > 1 and len(values.mul(1e8).round().unique()) < 2:
+        raise TrainingError(
+            "hypersphere collapsed: all images have the same score, so no AUC is reported; "
+            "lower --lr, or add generated anomalies"
+        )
+
+
+def save_model(folder: Path, state: dict[str, Tensor], card: dict[str, Any]) -> None:
+    """Write the weights as safetensors and beside them what is needed to use them."""
+    weights = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    write_bytes(folder / MODEL, safetensors.torch.save(weights))
+    normalization = {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
+    write_json(folder / MODEL_CARD, {**card, "normalization": normalization}, indent=2)
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """Weights and centre from a run folder, a model.safetensors or an official model.tar.
+
+    Raises UserError if there is no model or it is damaged; never unpickles foreign objects.
+    """
+    path = path / MODEL if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(
+            f"--load_model: {path} does not exist; give a run folder, model.safetensors or model.tar"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load(path.read_bytes())
+        official = torch.load(path, map_location="cpu", weights_only=True)
+        weights = {f"net.{key}": value for key, value in official["net_dict"].items()}
+        return {**weights, "center": torch.tensor(official["c"])}
+    except Exception as error:  # the two libraries raise many kinds for a damaged file
+        raise UserError(
+            f"--load_model: {path} holds no model of this project ({type(error).__name__})"
+        ) from None

@@ -1,0 +1,241 @@
+"""One seed of an experiment in its run folder: train, test, split the generated anomalies, write files."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kka.data import Data, build_train_set, digest_task, load_data
+from kka.datasets.layout import DataSetSpec
+from kka.datasets.task import Task
+from kka.detectors.deep_sad import DeepSAD, DeepSADSettings
+from kka.errors import UserError
+from kka.files import read_json, write_json
+from kka.journal import Journal
+from kka.metrics import auroc
+from kka.options import PLACE, ExperimentSettings
+from kka.results import Scored, check_scores, save_model, test_metrics, write_split
+from kka.runs import RESULTS, ROOT, claim, fingerprint, locked, write_config
+from kka.seeds import derive_seed, generator
+from kka.split import easy_anomalies, hard_anomalies, hardness_threshold
+from kka.train_set import TrainSet
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One seed of an experiment."""
+
+    settings: ExperimentSettings
+    detector_settings: DeepSADSettings
+    spec: DataSetSpec
+    task: Task
+    device: torch.device
+    weights: dict[str, Tensor] | None
+
+    @cached_property
+    def digests(self) -> tuple[str, str, str]:
+        """Content of its normals, generated and test images."""
+        return digest_task(self.task)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides the numbers, as JSON values."""
+        task = self.task
+        chosen = {key: value for key, value in asdict(self.settings).items() if key not in PLACE}
+        data = [self.digests, task.normals.targets, task.test.targets, task.generated_index]
+        weights = {key: value.tolist() for key, value in (self.weights or {}).items()}
+        return {
+            "detector": "deep_sad",
+            **chosen,
+            **asdict(self.detector_settings),
+            "data": fingerprint(data),
+            "load_model": fingerprint(weights) if weights else None,
+        }
+
+    @cached_property
+    def folder(self) -> Path:
+        """The run folder; several seeds of one experiment share a parent."""
+        s = self.settings
+        if s.xp_path is not None:
+            folder = Path(s.xp_path).expanduser()
+        else:
+            folder = ROOT / "log" / self.spec.name / (s.name or self._default_name())
+        return folder / f"seed_{s.seed}" if s.runs > 1 else folder
+
+    def _default_name(self) -> str:
+        several = self.settings.runs > 1
+        normal = "_".join(dict.fromkeys(self.task.normals.classes))
+        same = {k: v for k, v in self.identity.items() if not (several and k in ("seed", "data"))}
+        seeds = f"runs{self.settings.runs}" if several else f"seed{self.settings.seed}"
+        mode = "_iterate" if self.settings.iterate else ""
+        n_anomalies = len(self.task.generated)
+        return f"deep_sad_{normal}_anomalies{n_anomalies}{mode}_{seeds}_{fingerprint(same)[:6]}"
+
+    def execute(self) -> dict[str, Any]:
+        """Train, test and write the run folder; a finished run is read, an interrupted one continued."""
+        with locked(self.folder):
+            if claim(self.folder, self.identity, self.settings.overwrite):
+                log.info("%s is finished; give --overwrite True to repeat it", self.folder)
+                return read_json(self.folder / RESULTS)
+            settings = {**asdict(self.settings), **asdict(self.detector_settings)}
+            write_config(self.folder, self.identity, settings)
+            with log_to(self.folder / "log.txt"):
+                return self._train_and_test()
+
+    def _train_and_test(self) -> dict[str, Any]:
+        s, detector = self.settings, self._new_detector()
+        size, threads = detector.image_size, s.n_jobs_dataloader
+        data = load_data(self.task, self.digests, size, s.skip_bad_images, threads, s.bgr)
+        train, heldout = build_train_set(data, s, s.seed)
+        self._announce(data, train)
+        targets, journal = data.task.test.targets, self._journal(self.folder)
+        detector.fit(train, journal, lambda score: auroc(targets, score(data.test.resized).numpy()))
+        began = time.monotonic()
+        test_scores = detector.score(data.test.resized)
+        times = {"train_time": journal.seconds("train"), "test_time": time.monotonic() - began}
+        normals = threshold_images(s.threshold_from, data, train, heldout)
+        check_scores(test_scores, detector.score(normals))
+        split = self._split(detector, data, train, normals)
+        results = {**times, **test_metrics(targets, test_scores), **split.counts(), "seed": s.seed}
+        self._write(detector, journal, split, results)
+        return results
+
+    def _split(self, detector: DeepSAD, data: Data, train: TrainSet, normals: Tensor) -> Scored:
+        """Eq. (6) over the generated images, by the detector itself or by cross-fit."""
+        s = self.settings
+
+        def threshold_of(judge: DeepSAD) -> float:
+            return hardness_threshold(judge.score(normals).numpy(), s.threshold_quantile, s.hard_margin)
+
+        n = len(data.task.generated)
+        scores, thresholds = np.zeros(n), np.full(n, threshold_of(detector))
+        if s.split == "own" and n:
+            scores = detector.score(data.generated.resized).double().numpy()
+        elif n:
+            for fold, (rows, judge) in enumerate(self._crossfit(data, train)):
+                log.info("cross-fit %d judges %d generated anomalies", fold, len(rows))
+                scores[rows], thresholds[rows] = (
+                    judge.score(data.generated.resized[rows]),
+                    threshold_of(judge),
+                )
+        hard = hard_anomalies(scores, thresholds, s.hard_inclusive)
+        easy = easy_anomalies(scores, hard, s.easy_top_k)
+        task = data.task
+        return Scored(
+            task.generated_index, task.generated.captions, scores, hard, easy, threshold_of(detector)
+        )
+
+    def _crossfit(self, data: Data, train: TrainSet) -> Iterator[tuple[np.ndarray, DeepSAD]]:
+        """Two detectors, each trained without the half of the generated anomalies that it judges.
+
+        Every training anomaly counts here as labelled, whatever the ratios say.
+        """
+        order = torch.randperm(len(data.task.generated), generator=generator(self.settings.seed, "crossfit"))
+        normals = torch.nonzero(train.targets == 0).squeeze(1)
+        for fold, rows in enumerate(order.chunk(2)):
+            others = torch.from_numpy(np.setdiff1d(order.numpy(), rows.numpy()))
+            g = data.generated
+            part = train.take(normals).append_anomalies(
+                g.images[others], g.native_sizes[others], g.resized[others]
+            )
+            judge = self._new_detector(fold + 1)
+            folder = self.folder / f"crossfit_{fold}"
+            folder.mkdir(exist_ok=True)
+            judge.fit(part, self._journal(folder))
+            yield rows.numpy(), judge
+
+    def _new_detector(self, fold: int = 0) -> DeepSAD:
+        detector = DeepSAD(self.detector_settings, derive_seed(self.settings.seed, "fold", fold), self.device)
+        if self.weights is not None:
+            detector.load_state_dict(self.weights)
+        return detector
+
+    def _journal(self, folder: Path) -> Journal:
+        return Journal(folder, self.settings.checkpoint_every, fingerprint(self.identity))
+
+    def _announce(self, data: Data, train: TrainSet) -> None:
+        semi, task = train.semi_targets, data.task
+        log.info("run folder %s, seed %d, %s", self.folder, self.settings.seed, self.device)
+        log.info(
+            "%s: %d training images (%d normals, %d generated anomalies; %d labelled anomalies, %d labelled "
+            "normals, %d unlabelled), %d test images (%d normal)",
+            self.spec.title, len(train), int((train.targets == 0).sum()), int((train.targets == 1).sum()),
+            int((semi == -1).sum()), int((semi == 1).sum()), int((semi == 0).sum()),
+            len(task.test), task.test.targets.count(0),
+        )  # fmt: skip
+
+    def _write(self, detector: DeepSAD, journal: Journal, split: Scored, results: dict[str, Any]) -> None:
+        """Write every file of the run folder; results.json last, because it marks the run as finished."""
+        write_split(self.folder, split)
+        card = {
+            "detector": "deep_sad",
+            "settings": asdict(self.detector_settings),
+            "image_size": detector.image_size,
+            "threshold": split.threshold,
+            "center": detector.model.center.tolist(),
+            "channels": "BGR" if self.settings.bgr else "RGB",
+        }
+        save_model(self.folder, detector.state_dict(), card)
+        curves = {
+            "train_losses": journal.series("train", "loss"),
+            "test_aucs": journal.series("train", "test_auc"),
+        }
+        write_json(self.folder / "epoch_results.json", curves)
+        if journal.seconds("pretrain"):
+            times = {
+                "train_time": journal.seconds("pretrain"),
+                "train_losses": journal.series("pretrain", "loss"),
+            }
+            write_json(self.folder / "ae_results.json", {**times, **journal.facts["ae"]})
+        write_json(self.folder / RESULTS, results)
+        journal.remove_checkpoints()
+        _report(results)
+
+
+def threshold_images(source: str, data: Data, train: TrainSet, heldout: Tensor) -> Tensor:
+    """The normal images whose scores make the threshold of Eq. (6), (N, 3, H, W) uint8."""
+    if source == "heldout":
+        return data.normals.resized[heldout]
+    if source == "train":
+        return train.resized[train.targets == 0]
+    normal = torch.tensor(data.task.test.targets) == 0
+    if not normal.any():
+        raise UserError("--threshold_from test needs normal test images, the test set has none")
+    return data.test.resized[normal]
+
+
+@contextmanager
+def log_to(path: Path) -> Iterator[None]:
+    """Append the log of the package to a file within the block."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    package = logging.getLogger("kka")
+    package.addHandler(handler)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        handler.close()
+
+
+def _report(results: dict[str, Any]) -> None:
+    if results["test_auc"] is None:
+        log.info("test AUC n/a: the test set has one class only")
+    else:
+        log.info(
+            "test AUC %.2f %%, average precision %.2f %%",
+            *(100 * results[k] for k in ("test_auc", "test_aupr")),
+        )
+    if results["n_generated"]:
+        log.info("generated anomalies: %d hard, %d easy", results["n_hard"], results["n_easy"])
+    log.info("training %.1f s, testing %.2f s", results["train_time"], results["test_time"])

@@ -1,0 +1,131 @@
+"""Run folders: never silently reused, locked while in use, with everything needed to repeat the run."""
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kka.errors import UserError
+from kka.files import read_json, write_json
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "pillow")
+LOCK = "run.lock"
+CONFIG = "config.json"
+RESULTS = "results.json"
+
+
+def fingerprint(value: Any) -> str:
+    """Short hash of JSON values that identifies a run's settings or data."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock; raises UserError if another process has it or the folder cannot be written.
+
+    The lock goes with the process, so that a killed run leaves none behind.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        reason = f"cannot be written ({error.strerror})"
+        raise UserError(f"the run folder {folder} {reason}; choose another one with --xp_path") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise UserError(
+                f"{folder} is in use by {file.read().strip()}; wait for it or choose another folder"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def claim(folder: Path, settings: Mapping[str, Any], overwrite: bool) -> bool:
+    """Make the (locked) folder this run's own; True if the same run has finished there.
+
+    Raises UserError if it belongs to a run of other settings, showing the difference, or holds other files.
+    """
+    config = folder / CONFIG
+    if not config.exists():
+        # A killed process may leave hidden temporary files.
+        others = [p.name for p in folder.iterdir() if p.name != LOCK and not p.name.startswith(".")]
+        if others:
+            raise UserError(f"{folder} holds other files ({others[0]}) and no run; choose another folder")
+        return False
+    if overwrite:
+        clear(folder)
+        return False
+    difference = compare(read_json(config)["identity"], json.loads(json.dumps(settings, default=str)))
+    if difference:
+        raise UserError(
+            f"{folder} holds a run with other settings ({difference}); "
+            "choose another folder or give --overwrite True to replace it"
+        )
+    return (folder / RESULTS).exists()
+
+
+def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """What differs, as "lr 0.1 there, 0.01 now; ..."; empty if nothing does."""
+    keys = sorted({*old, *new})
+    return "; ".join(f"{k} {old.get(k)} there, {new.get(k)} now" for k in keys if old.get(k) != new.get(k))
+
+
+def clear(folder: Path) -> None:
+    """Remove all but the lock; the config goes last, so that an interrupted clearing can be repeated."""
+    for path in sorted(folder.iterdir(), key=lambda p: p.name == CONFIG):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+
+
+def write_config(folder: Path, identity: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Settings (what was asked for), identity (what decides the numbers) and where the run was made."""
+    config = {
+        "settings": settings,
+        "identity": identity,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "git_commit": git_commit(),
+        "machine": machine(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+    write_json(folder / CONFIG, json.loads(json.dumps(config, default=str)), indent=2)
+
+
+def machine() -> dict[str, Any]:
+    """Processor, threads and accelerator."""
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    return {
+        "system": platform.platform(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+    }
+
+
+def git_commit() -> str | None:
+    """Commit of this code, with a mark if it was changed since; None outside a checkout."""
+    try:
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
