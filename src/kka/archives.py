@@ -29,6 +29,10 @@ ROOM = 3  # free space to ask for, in sizes of the archive: the archive, its con
 
 UCM_IMAGES = 2100
 
+# What Python's readers raise for archives that are cut, altered or locked with a password.
+_DAMAGE: tuple[type[Exception], ...] = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile)
+_DAMAGE += (lzma.LZMAError, zlib.error, EOFError, RuntimeError)
+
 # All that the pickles of CIFAR-100 name; anything else in a pickle is a call that we do not want.
 _ADMITTED = {
     ("numpy", "dtype"),
@@ -170,22 +174,21 @@ def _extract(archive: Path, folder: Path) -> None:
     try:
         if tarfile.is_tarfile(archive):
             with tarfile.open(archive) as tar:
-                tar.extractall(folder, filter="data")
+                tar.extractall(folder, filter=_files_only)
         elif zipfile.is_zipfile(archive):
             _extract_zip(archive, folder)
         else:
             raise UserError(_no_archive(archive))
     except tarfile.FilterError as error:
         raise UserError(f"{archive} is not safe to unpack ({error}); get the original archive") from None
-    except (
-        tarfile.TarError,
-        zipfile.BadZipFile,
-        gzip.BadGzipFile,
-        lzma.LZMAError,
-        zlib.error,
-        EOFError,
-    ) as error:
+    except _DAMAGE as error:
         raise UserError(f"{archive} is damaged ({error}); get it again") from None
+
+
+def _files_only(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo | None:
+    """Refuse what leads outside, as the filter "data" does, and pass over the links that it would admit."""
+    checked = tarfile.data_filter(member, folder)
+    return checked if member.isfile() or member.isdir() else None
 
 
 def _extract_zip(archive: Path, folder: Path) -> None:

@@ -95,7 +95,7 @@ def find_normal_classes(settings: ExperimentSettings, spec: DataSetSpec) -> tupl
 
 
 def find_device(name: str, strict: bool) -> torch.device:
-    """The device, or the CPU with a message if it is missing; raises UserError for nonsense or if `strict`."""
+    """The device, or the CPU with a message; raises UserError for nonsense or if `strict`."""
     try:
         device = torch.device(name)
     except RuntimeError:

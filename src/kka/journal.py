@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -58,7 +58,7 @@ class Journal:
         """Whether a checkpoint of an earlier start was found."""
         return bool(self.rows or self._finished)
 
-    def epochs(self, phase: str, n_epochs: int, **parts: Stateful) -> Iterator[int]:
+    def epochs(self, phase: str, n_epochs: int, parts: Mapping[str, Stateful]) -> Iterator[int]:
         """Yield the epochs of a phase that are still to do; between them the parts may be checkpointed.
 
         The parts get the state of the checkpoint, if it is of this phase. A phase that lies behind the
@@ -109,7 +109,7 @@ class Journal:
         assert self.folder is not None
         return self.folder / "checkpoint.pt", self.folder / "checkpoint.previous.pt"
 
-    def _save(self, phase: str, epoch: int, parts: dict[str, Stateful]) -> None:
+    def _save(self, phase: str, epoch: int, parts: Mapping[str, Stateful]) -> None:
         self._saved_at = time.monotonic()
         if self.folder is None:
             return

@@ -59,11 +59,11 @@ class ExperimentSettings:
     checkpoint_every: float = option(10.0, "seconds between two checkpoints")
 
 
-# Settings that change where or how fast a run is made, not its numbers.
-PLACE = {
-    "data_path", "xp_path", "name", "overwrite", "load_config", "runs", "device", "strict_device", "num_threads",
-    "n_jobs_dataloader", "anomaly_path", "user_dict", "checkpoint_every", "load_model",
-}  # fmt: skip
+# Settings that change where or how fast a run is made, or that its identity holds by content.
+PLACE = frozenset({
+    "data_path", "xp_path", "name", "overwrite", "load_config", "load_model", "runs", "device",
+    "strict_device", "num_threads", "n_jobs_dataloader", "anomaly_path", "user_dict", "checkpoint_every",
+})  # fmt: skip
 
 
 def check_options(settings: ExperimentSettings) -> None:

@@ -1,6 +1,6 @@
 """Official archives -> the class-folder layout of `kka.datasets.layout`, checked and resumable.
 
-`prepared.partial.json` marks a folder as ours while we work in it; `prepared.json`, at the end, marks it done.
+`prepared.partial.json` marks a folder as ours while we work in it, `prepared.json` marks it as done.
 """
 
 import io
@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from kka.files import read_json, sha256, write_bytes, write_json
 
 SPECS: dict[str, DataSetSpec] = {module.SPEC.name: module.SPEC for module in (flower, cifar100, ucm_caption)}
 RECORD, PARTIAL = "prepared.json", "prepared.partial.json"
+WRITERS = 8  # threads, because an image that is safely on the disk is mostly waited for
 WORK = ".source"  # downloads and unpacked archives, removed at the end
 
 # Share of each class that is for training. The paper has 51 normals of Oxford-102, that is 51 of Gaura's 67,
@@ -46,14 +48,14 @@ UCM_BLOCK = 100  # images of a class, numbered one after the other
 
 WHERE = "get {} from the page of its authors and give it with --source"
 WHERE_UCM = (
-    "get UCM_captions (Qu et al. 2016, 'Deep semantic understanding of high resolution remote sensing image'; "
-    "the GitHub repository RSICD_optimal links it), unpack it and its imgs.rar, and give that with --source"
+    "get UCM_captions (Qu et al. 2016, 'Deep semantic understanding of high resolution remote sensing "
+    "image'; GitHub's RSICD_optimal links it), unpack it and its imgs.rar, and give that folder with --source"
 )
 N_TEXTS = flower.SPEC.captions_per_image
 TEXTS = "cvpr2016_flowers.tar.gz"
 WHERE_TEXTS = (
     f"get {TEXTS} (Reed et al. 2016, 'Learning Deep Representations of Fine-grained Visual Descriptions'; "
-    "the GitHub repository reedscot/cvpr2016 links it) and give it with --captions"
+    "GitHub's reedscot/cvpr2016 links it) and give it with --captions"
 )
 
 
@@ -201,8 +203,8 @@ def _write_pictures(out: Path, content: Content, spec: DataSetSpec) -> None:
 
 
 def _write_split(folder: Path, split: str, pictures: list[Picture], spec: DataSetSpec) -> None:
-    for picture in pictures:
-        write_bytes(folder / picture.name, picture.read())
+    with ThreadPoolExecutor(WRITERS) as pool:
+        list(pool.map(lambda picture: write_bytes(folder / picture.name, picture.read()), pictures))
     names = [picture.name for picture in pictures]
     if spec.name == "flower":  # the texts come later, perhaps in another call
         write_json(folder / NAME_LIST[split], names)
@@ -222,8 +224,7 @@ def _finish(out: Path, record: dict[str, Any]) -> None:
     write_json(out / PARTIAL, record, indent=2)
     os.replace(out / PARTIAL, out / RECORD)
     shutil.rmtree(out / WORK, ignore_errors=True)
-    counts = record["counts"]
-    title = SPECS[record["name"]].title
+    counts, title = record["counts"], SPECS[record["name"]].title
     print(f"{title} is in {out}: {counts['train']:,} training and {counts['test']:,} test images")
     _say_captions(record)
 

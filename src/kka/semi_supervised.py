@@ -37,15 +37,8 @@ def solve_counts(
     equations = np.array(
         [[1, 1, 0, 0], [1 - kn, -kn, -kn, -kn], [-ko, -ko, -ko, 1 - ko], [0, -p, 1 - p, 0]], dtype=float
     )
-    try:
-        solution = np.linalg.solve(equations, np.array([n_normal, 0, 0, 0], dtype=float))
-    except np.linalg.LinAlgError:
-        solution = np.full(4, -1.0)
-    if (solution < -1e-9).any():
-        raise UserError(
-            "no numbers of images fulfil --ratio_known_normal, --ratio_known_outlier and --ratio_pollution "
-            f"{kn}, {ko}, {p} together; lower one of them"
-        )
+    # Solvable with counts of at least 0 whenever the checks above hold.
+    solution = np.linalg.solve(equations, np.array([n_normal, 0, 0, 0], dtype=float))
     known_normal, unlabelled_normal, unlabelled_outlier, known_outlier = (int(x) for x in solution)
     return Counts(known_normal, unlabelled_normal, unlabelled_outlier, known_outlier)
 

@@ -1,7 +1,7 @@
 """Garden: a procedural world of drawn flowers in a hundred species, ten captions each; one species is normal.
 
-It stands in for Oxford-102 where there is no data: the pictures are drawn (garden_drawing.py), the captions are
-templates in the style of Reed et al. (2016), and the same seed gives the same files.
+It stands in for Oxford-102 where there is no data: the pictures are drawn (garden_drawing.py), the captions
+are templates in the style of Reed et al. (2016), and the same seed gives the same files.
 """
 
 import io
@@ -87,9 +87,11 @@ def _any_word(attribute: str) -> str:
 
 _WORD = {attribute: re.compile(_any_word(attribute)) for attribute in ATTRIBUTES}
 _MIDDLE = r"(?:center|centre|middle|disc|disk|stamens?)\b"
-_CENTRE = re.compile(
-    rf"{_any_word('centre')}(?: colou?red)? {_MIDDLE}|{_MIDDLE}(?: (?:that|which))?(?: (?:is|are|in))? {_any_word('centre')}"
+_BEFORE = rf"{_any_word('centre')}(?: colou?red)? {_MIDDLE}"
+_AFTER = (
+    rf"{_MIDDLE}(?: of (?:this|the) flower)?(?: (?:that|which))?(?: (?:is|are|in))? {_any_word('centre')}"
 )
+_CENTRE = re.compile(f"{_BEFORE}|{_AFTER}")
 
 
 def captions(flower: Flower, rng: np.random.Generator, n: int) -> list[str]:
@@ -156,8 +158,8 @@ SPECIES: dict[int, Flower] = _choose_species()
 def make_garden(out: Path, seed: int = 0, n_anomalies: int = 200) -> None:
     """Write the data set in the official layout; a finished one is left alone, an interrupted one continued.
 
-    Folder 0 gets `n_anomalies` pictures of random flowers that are no species of the garden, so that the test
-    species stay unseen. Raises UserError if `out` holds something else or a garden of another seed or version.
+    Folder 0 gets `n_anomalies` pictures of random flowers that are no species of the garden: the test
+    species stay unseen. Raises UserError if `out` holds something else or another garden.
     """
     settings = {"version": VERSION, "seed": seed, "n_anomalies": n_anomalies}
     if _is_finished(out, settings):

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import MultiStepLR
 
 from kka.augment import augment, luma, normalize, to_unit
 from kka.errors import TrainingError, UserError
-from kka.journal import Journal
+from kka.journal import Journal, Stateful
 from kka.networks.lenet import NETWORKS, Autoencoder, build_network
 from kka.seeds import generator, seeded
 from kka.settings import option
@@ -147,17 +147,17 @@ class DeepSAD:
     def pretrain(self, train: TrainSet, journal: Journal, evaluate: Evaluate | None = None) -> None:
         """Train the autoencoder on all training images and hand its encoder to the detector."""
         s, autoencoder = self.settings, self.autoencoder
-        optimizer = _optimizer(s.ae_optimizer_name, autoencoder, s.ae_lr, s.ae_weight_decay)
+        optimizer = make_optimizer(s.ae_optimizer_name, autoencoder, s.ae_lr, s.ae_weight_decay)
         scheduler = MultiStepLR(optimizer, list(s.ae_lr_milestone), gamma=0.1)
-        parts = {"autoencoder": autoencoder, "optimizer": optimizer, "scheduler": scheduler}
-        for epoch in journal.epochs("pretrain", s.ae_n_epochs, **parts):
+        parts: dict[str, Stateful] = {"net": autoencoder, "optimizer": optimizer, "scheduler": scheduler}
+        for epoch in journal.epochs("pretrain", s.ae_n_epochs, parts):
             autoencoder.train()
             total = 0.0
             for batch, images in self._batches(train, "pretrain", epoch, s.ae_batch_size):
                 inputs = normalize(images).contiguous(memory_format=torch.channels_last)
                 targets = inputs if s.official_pretrain else images
                 loss = F.mse_loss(autoencoder(inputs), targets)
-                total += len(batch) * _step(optimizer, loss, f"epoch {epoch} of pre-training")
+                total += len(batch) * gradient_step(optimizer, loss, f"epoch {epoch} of pre-training")
             scheduler.step()
             journal.record("pretrain", epoch, loss=total / self._epoch_size(train, s.ae_batch_size))
         if evaluate is not None and "ae" not in journal.facts:
@@ -168,16 +168,16 @@ class DeepSAD:
     def train(self, train: TrainSet, journal: Journal, evaluate: Evaluate | None = None) -> None:
         """Minimise Eq. (5) around the fixed centre."""
         s, model = self.settings, self.model
-        optimizer = _optimizer(s.optimizer_name, model, s.lr, s.weight_decay)
+        optimizer = make_optimizer(s.optimizer_name, model, s.lr, s.weight_decay)
         scheduler = MultiStepLR(optimizer, list(s.lr_milestone), gamma=0.1)
-        parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-        for epoch in journal.epochs("train", s.n_epochs or 0, **parts):
+        parts: dict[str, Stateful] = {"net": model, "optimizer": optimizer, "scheduler": scheduler}
+        for epoch in journal.epochs("train", s.n_epochs or 0, parts):
             model.train()
             total = 0.0
             for batch, images in self._batches(train, "train", epoch, s.batch_size):
                 inputs = normalize(images).contiguous(memory_format=torch.channels_last)
                 loss = deep_sad_loss(model(inputs), train.semi_targets[batch], s.eta).mean()
-                total += len(batch) * _step(optimizer, loss, f"epoch {epoch} of training")
+                total += len(batch) * gradient_step(optimizer, loss, f"epoch {epoch} of training")
             scheduler.step()
             curve = {}
             if evaluate is not None and s.test_every and (epoch + 1) % s.test_every == 0:
@@ -259,13 +259,13 @@ def _channels_last(module: M) -> M:
     return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def _optimizer(name: str, model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Adam:
+def make_optimizer(name: str, model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Adam:
     return torch.optim.Adam(
         model.parameters(), lr=lr, weight_decay=weight_decay, amsgrad=name == "amsgrad", fused=True
     )
 
 
-def _step(optimizer: torch.optim.Optimizer, loss: Tensor, where: str) -> float:
+def gradient_step(optimizer: torch.optim.Optimizer, loss: Tensor, where: str) -> float:
     """One gradient step; returns the loss, raises TrainingError if it is not finite."""
     value = loss.item()
     if not math.isfinite(value):
