@@ -10,7 +10,6 @@ from torchvision.transforms import functional as TF
 from kka.augment import (
     BRIGHTNESS,
     CONTRAST,
-    HUE_SHIFT,
     IMAGENET_MEAN,
     IMAGENET_STD,
     SATURATION,
@@ -43,7 +42,7 @@ def stream(seed=0):
 
 def picture(height=48, width=64):
     """A smooth colourful picture without symmetry."""
-    y, x = np.mgrid[0:1:height*1j, 0:1:width*1j]
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
     channels = [0.5 + 0.4 * np.sin(3 * x + y), 0.2 + 0.7 * y * x, 0.8 - 0.6 * x**2]
     return Image.fromarray((255 * np.stack(channels, -1)).astype(np.uint8))
 
@@ -143,7 +142,7 @@ def test_images_of_a_batch_are_drawn_independently_and_by_the_seed_only():
 
 
 def test_working_size_loses_little():
-    """Crops of the squeezed 128 px copy against crops of a 375 x 500 px original, as the official code makes them."""
+    """Crops of the squeezed 128 px copy against crops of a 375 x 500 px original."""
     original = picture(375, 500)
     square = as_tensor(original.resize((128, 128), Image.Resampling.LANCZOS))
     boxes = random_crops(torch.tensor([[375, 500]]).expand(50, 2), stream())

@@ -140,7 +140,9 @@ def test_pretrained_encoder_starts_the_detector():
     detector = DeepSAD(replace(FAST, n_epochs=0))
     detector.fit(toy_train_set())
     for ours, theirs in zip(
-        detector.model.net.state_dict().values(), detector.autoencoder.encoder.state_dict().values(), strict=True
+        detector.model.net.state_dict().values(),
+        detector.autoencoder.encoder.state_dict().values(),
+        strict=True,
     ):
         assert torch.equal(ours, theirs)
 

@@ -115,7 +115,8 @@ def test_every_attribute_shows_in_the_picture(attribute):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("This flower has FEW tiny narrow pink petals", {"count": "sparse", "size": "small", "shape": "thin", "colour": "pink"}),
+        ("Here are FEW tiny petals, pink", {"count": "sparse", "size": "small", "colour": "pink"}),
+        ("narrow lilac petals", {"shape": "thin", "colour": "lavender"}),
         ("a big flower with a dark center", {"size": "large", "centre": "black"}),
         ("golden petals around a white middle", {"colour": "yellow", "centre": "white"}),
         ("its stamens are green", {"centre": "green"}),
@@ -128,6 +129,8 @@ def test_free_sentences_are_understood(text, expected):
 
 def test_drawing_a_caption_keeps_what_it_says():
     rng = np.random.default_rng(0)
-    reds = [np.asarray(garden.draw_caption("a large flower with dense round red petals", rng)) for _ in range(10)]
+    reds = [
+        np.asarray(garden.draw_caption("a large flower with dense round red petals", rng)) for _ in range(10)
+    ]
     middle = np.mean(reds, axis=0)[24:40, 24:40].mean((0, 1))
     assert middle[0] > 1.5 * max(middle[1], middle[2])

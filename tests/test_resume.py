@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from toy import write_toy_set
 
 from kka.errors import UserError
 from kka.journal import Journal
-from toy import write_toy_set
 
 MAIN = Path(__file__).parent.parent / "src" / "main.py"
 EPOCHS = 6
@@ -25,9 +25,9 @@ def start(root, folder):
     """A real process; it checkpoints after each epoch."""
     flags = {
         "--dataset_name": "ucm_caption", "--data_path": root, "--xp_path": folder, "--device": "cpu",
-        "--user_dict": json.dumps({"0": [1, 0], "1": [1, 2, 3]}), "--n_epochs": EPOCHS, "--ae_n_epochs": EPOCHS,
-        "--batch_size": 8, "--ae_batch_size": 8, "--checkpoint_every": 0, "--test_every": 1, "--split": "crossfit",
-        "--num_threads": 1,
+        "--user_dict": json.dumps({"0": [1, 0], "1": [1, 2, 3]}), "--num_threads": 1, "--split": "crossfit",
+        "--n_epochs": EPOCHS, "--ae_n_epochs": EPOCHS, "--batch_size": 8, "--ae_batch_size": 8,
+        "--checkpoint_every": 0, "--test_every": 1,
     }  # fmt: skip
     command = [sys.executable, str(MAIN), *(str(word) for pair in flags.items() for word in pair)]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)

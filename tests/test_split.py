@@ -57,16 +57,20 @@ def test_counts_equal_official_code():
     expected = golden("deep_sad/semi_supervised_counts")
     ratios = expected["input_ratio_known_normal__known_outlier__pollution_in_percent"]
     counts = expected["output_n_known_normal__unlabelled_normal__unlabelled_outlier__known_outlier"]
-    for (n_normal, _), percent, official in zip(expected["input_n_normal_n_outlier"], ratios, counts, strict=True):
+    for (n_normal, _), percent, official in zip(
+        expected["input_n_normal_n_outlier"], ratios, counts, strict=True
+    ):
         ours = solve_counts(int(n_normal), *(float(p) / 100 for p in percent))
         assert [*vars(ours).values()] == official.tolist()
 
 
 def test_settings_equal_official_code_where_that_works():
-    """Rows in which the official lists differ in length make the official data set fail: here they are refused."""
+    """Rows in which the official lists differ in length (and its data set then fails) are refused here."""
     expected = golden("kka/semi_supervised_list_lengths")
     ratios = expected["input_ratio_known_normal__known_outlier__pollution_in_percent"]
-    lengths = expected["output_len_idx_list__len_label_list__len_semi_list__n_semi_plus1__n_semi_0__n_semi_minus1"]
+    lengths = expected[
+        "output_len_idx_list__len_label_list__len_semi_list__n_semi_plus1__n_semi_0__n_semi_minus1"
+    ]
     refused = 0
     for (n_normal, n_outlier), percent, official in zip(
         expected["input_n_normal_n_outlier"].tolist(), ratios, lengths.tolist(), strict=True
@@ -105,7 +109,12 @@ def test_paper_labels_every_generated_anomaly():
 
 @pytest.mark.parametrize(
     ("ratios", "flag"),
-    [((-0.1, 0, 0), "known_normal"), ((0, 1, 0), "known_outlier"), ((0, 0, 1.5), "pollution"), ((0.6, 0.4, 0), "sum")],
+    [
+        ((-0.1, 0, 0), "known_normal"),
+        ((0, 1, 0), "known_outlier"),
+        ((0, 0, 1.5), "pollution"),
+        ((0.6, 0.4, 0), "sum"),
+    ],
 )
 def test_impossible_ratios_name_the_flag(ratios, flag):
     with pytest.raises(UserError, match=flag):

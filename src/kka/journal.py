@@ -154,10 +154,10 @@ class Journal:
             return None
         if not isinstance(state, dict) or state.get("schema") != SCHEMA:
             raise UserError(
-                f"{path} was written by another version; give --overwrite True to start the run anew"
+                f"{path} was written by another version; give --overwrite to start the run anew"
             )
         if state["fingerprint"] != self.fingerprint:
             raise UserError(
-                f"{path} belongs to other settings or data; give --overwrite True to start the run anew"
+                f"{path} belongs to other settings or data; give --overwrite to start the run anew"
             )
         return state

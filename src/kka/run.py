@@ -85,7 +85,7 @@ class Run:
         """Train, test and write the run folder; a finished run is read, an interrupted one continued."""
         with locked(self.folder):
             if claim(self.folder, self.identity, self.settings.overwrite):
-                log.info("%s is finished; give --overwrite True to repeat it", self.folder)
+                log.info("%s is finished; give --overwrite to repeat it", self.folder)
                 return read_json(self.folder / RESULTS)
             settings = {**asdict(self.settings), **asdict(self.detector_settings)}
             write_config(self.folder, self.identity, settings)

@@ -78,7 +78,7 @@ def claim(folder: Path, settings: Mapping[str, Any], overwrite: bool) -> bool:
     if difference:
         raise UserError(
             f"{folder} holds a run with other settings ({difference}); "
-            "choose another folder or give --overwrite True to replace it"
+            "choose another folder or give --overwrite to replace it"
         )
     return (folder / RESULTS).exists()
 

@@ -39,6 +39,8 @@ def build_parser(description: str, *settings_classes: type) -> argparse.Argument
 
 def _add_flag(group: Any, field: Any, kind: type, many: bool) -> None:
     extra: dict[str, Any] = {"nargs": "*", "action": "extend"} if many else {}
+    if kind is bool:
+        extra = {"nargs": "?", "const": True}  # --flag, or as the official code: --flag True
     group.add_argument(
         f"--{field.name}",
         type=parse_bool if kind is bool else kind,

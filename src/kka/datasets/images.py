@@ -104,7 +104,7 @@ def read_image(path: Path) -> Image.Image:
         picture = ImageOps.exif_transpose(picture)
         return picture if picture.mode == "RGB" else picture.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}); restore it or give --skip_bad_images True") from None
+        raise UserError(f"{path} is damaged ({error}); restore it or give --skip_bad_images") from None
 
 
 def cache_folder() -> Path:
@@ -120,7 +120,7 @@ def _open(path: Path) -> Image.Image:
             return Image.open(path)
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
         raise UserError(
-            f"{path} is no readable image ({error}); restore it or give --skip_bad_images True"
+            f"{path} is no readable image ({error}); restore it or give --skip_bad_images"
         ) from None
 
 

@@ -1,0 +1,38 @@
+"""Every test keeps away from the user's cache, data and run folders."""
+
+import pytest
+from toy import run_toy, write_toy_set
+
+import kka.datasets.sources
+import kka.run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KKA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def checkout(tmp_path, monkeypatch):
+    """What main.py takes for its checkout: default data and run folders are in here."""
+    folder = tmp_path / "checkout"
+    monkeypatch.setattr(kka.run, "ROOT", folder)
+    monkeypatch.setattr(kka.datasets.sources, "ROOT", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy_set(tmp_path_factory):
+    """A data set that tests only read."""
+    return write_toy_set(tmp_path_factory.mktemp("toy_set"))
+
+
+@pytest.fixture(scope="session")
+def finished(toy_set, tmp_path_factory):
+    """The folder of a finished run on `toy_set`; tests copy it before they change anything."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    outcome = run_toy(toy_set, folder)
+    assert outcome.code == 0, outcome.stderr
+    return folder
