@@ -6,9 +6,11 @@ convolutions of enlarged images, and the whole test set scored after each traini
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from statistics import mean
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +20,14 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
 from tqdm import tqdm
 
-from kka.augment import IMAGENET_MEAN, IMAGENET_STD
+from kka.augment import IMAGENET_MEAN, IMAGENET_STD, augment, normalize
 from kka.datasets.layout import Images
 from kka.datasets.task import Task
-from kka.detectors.deep_sad import deep_sad_loss
+from kka.detectors.deep_sad import deep_sad_loss, move_from_zero
 from kka.metrics import auroc
 from kka.networks.lenet import CIFAR10LeNet, CIFAR10LeNetDecoder
+from kka.seeds import generator
+from kka.train_set import TrainSet
 
 NORMALIZE = [T.ToTensor(), T.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
 TRAIN = T.Compose(
@@ -84,44 +88,57 @@ class PlainDecoder(CIFAR10LeNetDecoder):
 
 
 class PlainWay:
-    """Times epochs of pre-training, training and testing."""
+    """Runs pre-training and training, and times some of their epochs the plain way.
 
-    def __init__(self, task: Task) -> None:
-        train = Files(task.normals + task.generated, TRAIN)
+    The epochs in between train the same networks from resident tensors with denormals flushed, so that a
+    timed epoch meets the weights, and the denormal numbers, that it would meet in a whole plain run.
+    """
+
+    def __init__(self, task: Task, resident: TrainSet) -> None:
+        files = Files(task.normals + task.generated, TRAIN)
         # The official code drops the last incomplete batch; a set smaller than a batch would train nothing.
-        self.train = DataLoader(train, batch_size=32, shuffle=True, drop_last=len(train) >= 32)
+        self.files = DataLoader(files, batch_size=32, shuffle=True, drop_last=len(files) >= 32)
         self.test = DataLoader(Files(task.test, TEST), batch_size=32)
-        self.targets = task.test.targets
+        self.test_targets, self.resident = task.test.targets, resident
         self.encoder, self.decoder = PlainEncoder(), PlainDecoder()
-        self.center = torch.full((128,), 0.1)
+        self.center = torch.zeros(CIFAR10LeNet.rep_dim)
 
-    def time(self, measured: int, epochs: int) -> dict[str, float]:
-        """Seconds of `epochs` epochs of each phase, from the mean of `measured` ones after a first."""
+    def time(self, timed: int, epochs: int) -> dict[str, float]:
+        """Seconds of a whole run: the mean of `timed` evenly spaced epochs of each phase times `epochs`."""
         autoencoder = nn.Sequential(self.encoder, self.decoder)
         optimizer = torch.optim.Adam(autoencoder.parameters(), lr=1e-4, weight_decay=0.5e-3)
-        pretrain = self._mean(lambda: self._pretrain_epoch(autoencoder, optimizer), measured, "pre-train")
+        pretrain = []
+        for seconds in self._epochs(
+            timed, epochs, lambda batches: _reconstruct(autoencoder, optimizer, batches)
+        ):
+            pretrain.append(seconds)
+        with torch.no_grad():
+            self.center = move_from_zero(self.encoder(next(iter(self.test))[0]).mean(0))
         optimizer = torch.optim.Adam(self.encoder.parameters(), lr=1e-4, weight_decay=0.5e-6)
-        train = self._mean(lambda: self._train_epoch(optimizer), measured, "train")
-        test = self._mean(self._test, measured, "test")
-        return {"pretrain": epochs * pretrain, "train": epochs * train, "test": epochs * test}
+        train, test = [], []
+        for seconds in self._epochs(timed, epochs, partial(self._pull, optimizer)):
+            train.append(seconds)
+            test.append(_seconds(self._test))
+        means = {"pretrain": mean(pretrain), "train": mean(train), "test": mean(test)}
+        return {phase: epochs * seconds for phase, seconds in means.items()}
 
-    def _mean(self, work: Callable[[], None], measured: int, title: str) -> float:
-        work()
-        began = time.perf_counter()
-        for _ in tqdm(range(measured), desc=f"plain {title}", disable=None, leave=False):
-            work()
-        return (time.perf_counter() - began) / measured
+    def _epochs(self, timed: int, epochs: int, train: Callable[[Iterable], None]) -> Iterator[float]:
+        stride = max(1, epochs // timed)
+        for epoch in tqdm(range(epochs), desc="the plain way", disable=None, leave=False):
+            if epoch % stride == stride // 2:
+                torch.set_flush_denormal(False)
+                yield _seconds(lambda: train(self.files))
+            torch.set_flush_denormal(True)
+            train(self._resident_batches(epoch))
 
-    def _pretrain_epoch(self, autoencoder: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        autoencoder.train()
-        for images, _ in self.train:
-            optimizer.zero_grad()
-            F.mse_loss(autoencoder(images), images).backward()
-            optimizer.step()
+    def _resident_batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        stream, t = generator(0, "plain", epoch), self.resident
+        for batch in torch.randperm(len(t), generator=stream).split(32):
+            yield normalize(augment(t.images[batch], t.native_sizes[batch], 32, stream)), t.targets[batch]
 
-    def _train_epoch(self, optimizer: torch.optim.Optimizer) -> None:
+    def _pull(self, optimizer: torch.optim.Optimizer, batches: Iterable) -> None:
         self.encoder.train()
-        for images, targets in self.train:
+        for images, targets in batches:
             optimizer.zero_grad()
             deep_sad_loss(self._distances(images), -targets).mean().backward()
             optimizer.step()
@@ -129,15 +146,29 @@ class PlainWay:
     @torch.no_grad()
     def _test(self) -> None:
         self.encoder.eval()
-        auroc(self.targets, torch.cat([self._distances(images) for images, _ in self.test]).numpy())
+        auroc(self.test_targets, torch.cat([self._distances(images) for images, _ in self.test]).numpy())
 
     def _distances(self, images: Tensor) -> Tensor:
         return (self.encoder(images) - self.center).square().sum(1)
 
 
+def _reconstruct(autoencoder: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable) -> None:
+    autoencoder.train()
+    for images, _ in batches:
+        optimizer.zero_grad()
+        F.mse_loss(autoencoder(images), images).backward()
+        optimizer.step()
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
 def enlarge(root: Path, out: Path, side: int) -> Path:
     """A copy of a data set in class folders, every image enlarged to at least `side` px, as JPEG."""
-    folders = [folder for folder in root.iterdir() if folder.is_dir()]
+    folders = sorted(folder for folder in root.iterdir() if folder.is_dir())
 
     def copy(folder: Path) -> None:
         target = out / folder.name

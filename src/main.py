@@ -29,7 +29,10 @@ def load_config(path: str | None) -> dict[str, object]:
     """Settings of a config.json, ours or the official code's, less the folder it wrote to."""
     if path is None:
         return {}
-    config = read_json(Path(path))
+    try:
+        config = read_json(Path(path))
+    except UserError as error:
+        raise UserError(f"--load_config: {error}") from None
     settings = config.get("settings", config) if isinstance(config, dict) else None
     if not isinstance(settings, dict):
         raise UserError(f"--load_config {path} must hold an object of settings")

@@ -220,7 +220,9 @@ def test_infinite_loss_stops_the_run_at_its_epoch():
         detector.fit(toy_train_set())
 
 
-@pytest.mark.parametrize("change", [{"lr": 0.0}, {"batch_size": 1}, {"lr_milestone": (0,)}, {"n_epochs": -1}])
+@pytest.mark.parametrize(
+    "change", [{"lr": 0.0}, {"batch_size": 1}, {"lr_milestone": (-1,)}, {"n_epochs": -1}]
+)
 def test_settings_out_of_range_name_the_flag(change):
     with pytest.raises(UserError, match=f"--{next(iter(change))}"):
         DeepSAD(replace(FAST, **change))

@@ -72,7 +72,7 @@ def test_several_normal_classes_are_normal_in_the_test_too(toy_set):
     assert task.test.targets == (0,) * 8 + (1,) * 4
 
 
-def test_known_classes_alone_can_make_the_normals_of_a_user_dict(toy_set):
+def test_normal_class_that_is_not_trained_on_gives_no_normals(toy_set):
     choice = replace(CHOICE, user_dict={0: [0], 1: [1, 2]}, normal_classes=(1,))
     with pytest.raises(UserError, match="no normal training images"):
         read_task(UCM, toy_set, choice)
@@ -166,6 +166,9 @@ def test_one_folder_as_normal_and_anomaly_is_refused(toy_set, tmp_path, link):
 def test_missing_folders_are_named(tmp_path):
     with pytest.raises(UserError, match="nowhere does not exist; give the folder of UCM-Caption"):
         read_task(UCM, tmp_path / "nowhere", CHOICE)
+    with pytest.raises(UserError, match="is empty"):
+        read_task(UCM, tmp_path, CHOICE)
+    (tmp_path / "notes.txt").touch()
     with pytest.raises(UserError, match="it has no class folder at all"):
         read_task(UCM, tmp_path, CHOICE)
     root = write_toy_set(tmp_path / "set", n_anomalies=0)
@@ -185,11 +188,14 @@ def test_without_folder_0_a_run_that_did_not_ask_for_it_warns(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    "asked", [{"user_dict": json.dumps(USER_DICT)}, {"iterate": True}, {"anomaly_path": "gone"}, {"n_anomalies": 2}]
+    "asked",
+    [{"user_dict": json.dumps(USER_DICT)}, {"iterate": True}, {"anomaly_path": "gone"}, {"n_anomalies": 2}],
 )
 def test_without_folder_0_a_run_that_asked_for_it_is_refused(tmp_path, asked):
     root = write_toy_set(tmp_path, n_anomalies=0)
-    spec = replace(UCM, normal_classes=(1,), user_dict={0: [1, 0], 1: [1]}, iterating_user_dict={0: [1, 0], 1: [1, 0]})
+    spec = replace(
+        UCM, normal_classes=(1,), user_dict={0: [1, 0], 1: [1]}, iterating_user_dict={0: [1, 0], 1: [1, 0]}
+    )
     with pytest.raises(UserError, match="there is no folder"):
         choose_task(settings(root, **asked), spec, root)
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
-from pytest import MonkeyPatch
 
 import main
 from kka.datasets import ucm_caption
@@ -20,13 +20,14 @@ from kka.errors import run_script
 
 MAIN = Path(main.__file__)
 TIMES = ("train_time", "test_time")
+DAMAGED = ("truncated", "empty", "html", "noise")
 USER_DICT = {"0": [1, 0], "1": [1, 2, 3]}
 
 
 def draw(rng: np.random.Generator, bright: bool, size: tuple[int, int] | None = None) -> Image.Image:
-    """Noise of 20 to 40 px, dark or bright."""
+    """Noise of 20 to 40 px; bright pictures overlap a little with dark ones."""
     width, height = size or map(int, rng.integers(20, 41, 2))
-    pixels = rng.integers(0, 120, (height, width, 3)) + 120 * bright
+    pixels = rng.integers(0, 100, (height, width, 3)) + rng.integers(0, 90) + 60 * bright
     return Image.fromarray(pixels.astype(np.uint8))
 
 
@@ -38,7 +39,7 @@ def write_toy_set(
     n_test: int = 4,
     n_anomalies: int = 8,
 ) -> Path:
-    """Write the official layout: the first class is dark, the others and the anomalies in folder 0 are bright."""
+    """Write the official layout: the first class is dark, other classes and folder 0 are bright."""
     for class_id in classes:
         bright = class_id != classes[0]
         write_toy_class(root / str(class_id), spec, {"train": n_train, "test": n_test}, bright)
@@ -71,6 +72,17 @@ def write_toy_folder(root: Path, kinds: tuple[str, ...] = ("scratch",), n_anomal
     return root
 
 
+def write_damaged(path: Path, kind: str) -> Path:
+    """A file that is no whole image, whatever it is called."""
+    jpeg = io.BytesIO()
+    draw(np.random.default_rng(3), bright=True, size=(40, 40)).save(jpeg, "jpeg")
+    noise = np.random.default_rng(4).bytes(300)
+    html = b"<!DOCTYPE html><html><body>404 Not Found</body></html>"
+    contents = {"truncated": jpeg.getvalue()[:-400], "empty": b"", "html": html, "noise": noise}
+    path.write_bytes(contents[kind])
+    return path
+
+
 def image_path(root: Path, class_id: int = 1, k: int = 0, split: str = "train") -> Path:
     """The k-th file of a class's list."""
     folder = root / str(class_id)
@@ -92,7 +104,7 @@ def run_main(words: list[str]) -> Outcome:
     stderr, log = io.StringIO(), io.StringIO()
     logger, handler = logging.getLogger("kka"), logging.StreamHandler(log)
     code = 0
-    with MonkeyPatch.context() as patch, contextlib.redirect_stderr(stderr):
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(stderr):
         patch.setattr(sys, "argv", ["main.py", *words])
         patch.setattr(logger, "level", logging.INFO)
         logger.addHandler(handler)
@@ -115,8 +127,8 @@ def toy_flags(root: Path, folder: Path | None, **flags: object) -> list[str]:
     """The words of a small run of `write_toy_set`; a flag of None is left out, a list gives several words."""
     small: dict[str, object] = {
         "dataset_name": "ucm_caption", "data_path": root, "xp_path": folder, "device": "cpu",
-        "user_dict": json.dumps(USER_DICT), "n_epochs": 1, "ae_n_epochs": 1, "batch_size": 8, "ae_batch_size": 8,
-        "num_threads": 1, "n_jobs_dataloader": 1,
+        "user_dict": json.dumps(USER_DICT), "n_epochs": 1, "ae_n_epochs": 1, "batch_size": 8,
+        "ae_batch_size": 8, "num_threads": 1, "n_jobs_dataloader": 1,
     }  # fmt: skip
     words = []
     for name, value in {**small, **flags}.items():

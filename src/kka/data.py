@@ -43,6 +43,11 @@ class Data:
     generated: Decoded
     test: Decoded
 
+    @property
+    def n_skipped(self) -> int:
+        """Number of unreadable images that were left out."""
+        return sum(int((~part.good).sum()) for part in (self.normals, self.generated, self.test))
+
 
 def digest_task(task: Task) -> tuple[str, str, str]:
     """Content digests of normals, generated and test images."""
@@ -56,23 +61,22 @@ def load_data(
     task: Task, digests: tuple[str, str, str], size: int, skip_bad: bool, threads: int, bgr: bool
 ) -> Data:
     """Decode a task's images; training images also at the working size. See `decode` for the arguments."""
-    side = working_side(task.normals.paths)
+    side = working_side(task.normals.paths, skip_bad)
     normals = decode(task.normals.paths, digests[0], side, size, skip_bad, threads, "normal images")
     generated = decode(task.generated.paths, digests[1], side, size, skip_bad, threads, "generated anomalies")
     test = decode(task.test.paths, digests[2], 0, size, skip_bad, threads, "test images")
     if bgr:
         normals, generated, test = (_swap_channels(part) for part in (normals, generated, test))
     kept = np.flatnonzero(generated.good.numpy())
-    task = Task(
-        _kept(task.normals, normals),
-        _kept(task.generated, generated),
-        tuple(task.generated_index[i] for i in kept),
-        _kept(task.test, test),
-    )
-    n_skipped = normals.n_skipped + generated.n_skipped + test.n_skipped
-    if n_skipped:
-        log.warning("%d unreadable images were skipped; they are named above", n_skipped)
-    return Data(task, normals, generated, test)
+    index = tuple(task.generated_index[i] for i in kept)
+    for part, decoded in ((task.normals, normals), (task.generated, generated), (task.test, test)):
+        for i in np.flatnonzero(~decoded.good.numpy()):
+            log.warning("skipped %s, which cannot be read", part.paths[i])
+    task = Task(_kept(task.normals, normals), _kept(task.generated, generated), index, _kept(task.test, test))
+    data = Data(task, normals, generated, test)
+    if data.n_skipped:
+        log.warning("%d unreadable images were skipped", data.n_skipped)
+    return data
 
 
 def build_train_set(data: Data, settings: LabelSettings, seed: int) -> tuple[TrainSet, Tensor]:

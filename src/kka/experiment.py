@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kka.datasets import get_spec
 from kka.datasets.layout import ANOMALY_FOLDER, DataSetSpec
 from kka.datasets.sources import data_root
 from kka.datasets.task import Choice, Task, parse_user_dict, read_task
-from kka.detectors.deep_sad import DeepSADSettings, check_settings
+from kka.detectors.deep_sad import DeepSAD, DeepSADSettings, check_settings
 from kka.errors import UserError
 from kka.files import write_json
 from kka.metrics import format_interval, mean_interval
@@ -34,6 +35,8 @@ def run_experiment(settings: ExperimentSettings, detector: DeepSADSettings) -> l
     detector = replace(detector, n_epochs=spec.n_epochs if detector.n_epochs is None else detector.n_epochs)
     check_settings(detector)
     weights = load_weights(Path(settings.load_model)) if settings.load_model else None
+    if weights is not None:
+        check_weights(weights, detector, settings.load_model)
     device = find_device(settings.device, settings.strict_device)
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
@@ -52,13 +55,23 @@ def run_experiment(settings: ExperimentSettings, detector: DeepSADSettings) -> l
     return results
 
 
+def check_weights(weights: dict[str, Tensor], detector: DeepSADSettings, path: str | None) -> None:
+    """Raises UserError if the weights are not those of the detector's network."""
+    try:
+        DeepSAD(detector).load_state_dict(weights)
+    except RuntimeError:
+        raise UserError(
+            f"--load_model {path} holds another network than --net_name {detector.net_name}"
+        ) from None
+
+
 def choose_task(settings: ExperimentSettings, spec: DataSetSpec, root: Path) -> Task:
     """The images that the options take from the data set at `root`.
 
     Without folder 0, and if the user did not ask for it, a run without anomalies is made, with a warning.
     """
     choice = Choice(
-        user_dict=parse_user_dict(settings.user_dict) if settings.user_dict else None,
+        user_dict=parse_user_dict(settings.user_dict) if settings.user_dict is not None else None,
         iterate=settings.iterate,
         normal_classes=find_normal_classes(settings, spec),
         anomaly_path=Path(settings.anomaly_path).expanduser() if settings.anomaly_path else None,

@@ -19,6 +19,7 @@ from kka.errors import UserError
 from kka.files import write_atomically, write_bytes
 
 SCHEMA = 1  # of the checkpoint file
+CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")
 
 log = logging.getLogger(__name__)
 
@@ -100,14 +101,10 @@ class Journal:
         """Training time of a phase over all starts of the run."""
         return self._seconds.get(phase, 0.0)
 
-    def remove_checkpoints(self) -> None:
-        """Once the results are written nothing is left to resume."""
-        for path in self._checkpoints():
-            path.unlink(missing_ok=True)
-
     def _checkpoints(self) -> tuple[Path, Path]:
         assert self.folder is not None
-        return self.folder / "checkpoint.pt", self.folder / "checkpoint.previous.pt"
+        newest, previous = CHECKPOINTS
+        return self.folder / newest, self.folder / previous
 
     def _save(self, phase: str, epoch: int, parts: Mapping[str, Stateful]) -> None:
         self._saved_at = time.monotonic()
@@ -153,9 +150,7 @@ class Journal:
             log.warning("%s is damaged (%s); using the one before it, if any", path, type(error).__name__)
             return None
         if not isinstance(state, dict) or state.get("schema") != SCHEMA:
-            raise UserError(
-                f"{path} was written by another version; give --overwrite to start the run anew"
-            )
+            raise UserError(f"{path} was written by another version; give --overwrite to start the run anew")
         if state["fingerprint"] != self.fingerprint:
             raise UserError(
                 f"{path} belongs to other settings or data; give --overwrite to start the run anew"

@@ -77,13 +77,16 @@ def check_options(settings: ExperimentSettings) -> None:
             "--known_outlier_class and --n_known_outlier_classes can only be 1: the known anomalies are the "
             "generated ones; choose them with --anomaly_path and --n_anomalies"
         )
+    for name in ("num_threads", "n_jobs_dataloader", "checkpoint_every"):
+        if getattr(settings, name) < 0:
+            raise UserError(f"--{name} must not be negative, it is {getattr(settings, name)}")
     if settings.n_anomalies < -1:
         raise UserError(f"--n_anomalies must be -1 (all), 0 (none) or a number, it is {settings.n_anomalies}")
     if not 0 < settings.threshold_quantile <= 1:
         raise UserError(f"--threshold_quantile must lie in (0, 1], it is {settings.threshold_quantile}")
     if settings.easy_top_k is not None and settings.easy_top_k < 1:
         raise UserError(f"--easy_top_k must be at least 1, it is {settings.easy_top_k}")
-    for name in ("name", "xp_path", "data_path", "anomaly_path", "load_model"):
+    for name in ("name", "xp_path", "data_path", "anomaly_path", "load_model", "user_dict"):
         if getattr(settings, name) == "":
             raise UserError(f"--{name} is empty; leave it out for the default")
     if settings.name is not None and ("/" in settings.name or settings.name in (".", "..")):

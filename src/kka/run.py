@@ -87,7 +87,7 @@ class Run:
             if claim(self.folder, self.identity, self.settings.overwrite):
                 log.info("%s is finished; give --overwrite to repeat it", self.folder)
                 return read_json(self.folder / RESULTS)
-            settings = {**asdict(self.settings), **asdict(self.detector_settings)}
+            settings = {**asdict(self.settings), "runs": 1, **asdict(self.detector_settings)}
             write_config(self.folder, self.identity, settings)
             with log_to(self.folder / "log.txt"):
                 return self._train_and_test()
@@ -106,7 +106,8 @@ class Run:
         normals = threshold_images(s.threshold_from, data, train, heldout)
         check_scores(test_scores, detector.score(normals))
         split = self._split(detector, data, train, normals)
-        results = {**times, **test_metrics(targets, test_scores), **split.counts(), "seed": s.seed}
+        results = {**times, **test_metrics(targets, test_scores), **split.counts()}
+        results |= {"n_skipped": data.n_skipped, "seed": s.seed}
         self._write(detector, journal, split, results)
         return results
 
@@ -124,10 +125,8 @@ class Run:
         elif n:
             for fold, (rows, judge) in enumerate(self._crossfit(data, train)):
                 log.info("cross-fit %d judges %d generated anomalies", fold, len(rows))
-                scores[rows], thresholds[rows] = (
-                    judge.score(data.generated.resized[rows]),
-                    threshold_of(judge),
-                )
+                scores[rows] = judge.score(data.generated.resized[rows])
+                thresholds[rows] = threshold_of(judge)
         hard = hard_anomalies(scores, thresholds, s.hard_inclusive)
         easy = easy_anomalies(scores, hard, s.easy_top_k)
         task = data.task
@@ -186,19 +185,15 @@ class Run:
             "channels": "BGR" if self.settings.bgr else "RGB",
         }
         save_model(self.folder, detector.state_dict(), card)
-        curves = {
-            "train_losses": journal.series("train", "loss"),
-            "test_aucs": journal.series("train", "test_auc"),
-        }
-        write_json(self.folder / "epoch_results.json", curves)
+        losses, aucs = journal.series("train", "loss"), journal.series("train", "test_auc")
+        write_json(self.folder / "epoch_results.json", {"train_losses": losses, "test_aucs": aucs})
         if journal.seconds("pretrain"):
-            times = {
-                "train_time": journal.seconds("pretrain"),
-                "train_losses": journal.series("pretrain", "loss"),
-            }
-            write_json(self.folder / "ae_results.json", {**times, **journal.facts["ae"]})
+            seconds, losses = journal.seconds("pretrain"), journal.series("pretrain", "loss")
+            pretraining = {"train_time": seconds, "train_losses": losses, **journal.facts["ae"]}
+            write_json(self.folder / "ae_results.json", pretraining)
         write_json(self.folder / RESULTS, results)
-        journal.remove_checkpoints()
+        for checkpoint in self.folder.rglob("checkpoint*.pt"):  # nothing is left to resume
+            checkpoint.unlink()
         _report(results)
 
 

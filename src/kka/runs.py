@@ -19,6 +19,7 @@ import torch
 
 from kka.errors import UserError
 from kka.files import read_json, write_json
+from kka.journal import CHECKPOINTS
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "pillow")
@@ -39,6 +40,7 @@ def locked(folder: Path) -> Iterator[None]:
 
     The lock goes with the process, so that a killed run leaves none behind.
     """
+    _refuse_foreign(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
@@ -59,22 +61,39 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def claim(folder: Path, settings: Mapping[str, Any], overwrite: bool) -> bool:
+def _refuse_foreign(folder: Path) -> None:
+    """Raises UserError if the folder holds files but no run, so that nobody's files are touched."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"the run folder {folder} is a file; choose another one with --xp_path")
+    # A killed process may leave hidden temporary files.
+    others = [p.name for p in folder.iterdir() if p.name not in (LOCK, CONFIG) and not p.name.startswith(".")]
+    config = folder / CONFIG
+    if others and not config.exists():
+        raise UserError(f"{folder} holds other files ({others[0]}) and no run; choose another folder")
+    if config.exists() and not isinstance(_identity(config), dict):
+        raise UserError(f"{config} is not from a run of this program; choose another folder")
+
+
+def _identity(config: Path) -> Any:
+    value = read_json(config)
+    return value.get("identity") if isinstance(value, dict) else None
+
+
+def claim(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> bool:
     """Make the (locked) folder this run's own; True if the same run has finished there.
 
-    Raises UserError if it belongs to a run of other settings, showing the difference, or holds other files.
+    Raises UserError, showing the difference, if it belongs to another run that has begun to train.
     """
     config = folder / CONFIG
     if not config.exists():
-        # A killed process may leave hidden temporary files.
-        others = [p.name for p in folder.iterdir() if p.name != LOCK and not p.name.startswith(".")]
-        if others:
-            raise UserError(f"{folder} holds other files ({others[0]}) and no run; choose another folder")
         return False
-    if overwrite:
+    begun = any((folder / name).exists() for name in (RESULTS, *CHECKPOINTS))
+    difference = compare(_identity(config), json.loads(json.dumps(identity, default=str)))
+    if overwrite or (difference and not begun):
         clear(folder)
         return False
-    difference = compare(read_json(config)["identity"], json.loads(json.dumps(settings, default=str)))
     if difference:
         raise UserError(
             f"{folder} holds a run with other settings ({difference}); "

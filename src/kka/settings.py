@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -110,6 +111,8 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
 def _scalar(key: str, value: Any, kind: type) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"setting {key!r} must be a finite number, it is {value}")
     if type(value) is not kind:
         raise UserError(f"setting {key!r} must be of type {kind.__name__}, it is {value!r}")
     return value

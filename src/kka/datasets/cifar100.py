@@ -42,6 +42,10 @@ SPEC = DataSetSpec(
     iterating_user_dict=iterating_user_dict,
     caption_stem="caption_sentence",
     captions_per_image=1,
+    prompt=(
+        "Describe one photo of something else than what the photos below show. Answer with one "
+        "sentence only, in exactly the structure and style of these descriptions:\n{examples}"
+    ),
     n_epochs=150,
     superclasses=superclasses,
 )

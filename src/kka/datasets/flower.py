@@ -19,5 +19,9 @@ SPEC = DataSetSpec(
     iterating_user_dict=iterating_user_dict,
     caption_stem="text_caption",
     captions_per_image=10,
+    prompt=(
+        "Describe one flower of another kind than the ones below. Answer with one sentence only, in "
+        "exactly the structure and style of these descriptions:\n{examples}"
+    ),
     n_epochs=200,
 )

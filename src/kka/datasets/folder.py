@@ -17,6 +17,11 @@ SPEC = DataSetSpec(
     iterating_user_dict={},
     caption_stem="caption_sentence",
     captions_per_image=1,
+    prompt=(
+        "Describe one image of the same kind as the ones below, but with something in it that should "
+        "not be so. Answer with one sentence only, in exactly the structure and style of these "
+        "descriptions:\n{examples}"
+    ),
     n_epochs=200,
 )
 GOOD = "good"

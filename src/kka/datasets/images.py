@@ -27,6 +27,9 @@ CACHE_VERSION = 1  # of the decoding below; another version does not read older 
 MAX_WORKING_SIDE = 128
 MAX_PIXELS = 64_000_000  # a larger picture is taken for a decompression bomb
 
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # read_image has a stricter limit
+warnings.filterwarnings("ignore", "Palette images with Transparency", UserWarning)
+
 log = logging.getLogger(__name__)
 
 
@@ -43,15 +46,18 @@ class Decoded:
     good: Tensor
     """(number of paths,) bool, False for files that were skipped as unreadable; N is their number of Trues"""
 
-    @property
-    def n_skipped(self) -> int:
-        """Number of unreadable files."""
-        return int((~self.good).sum())
 
-
-def working_side(paths: Sequence[Path]) -> int:
+def working_side(paths: Sequence[Path], skip_bad: bool = False) -> int:
     """Side of the square working copies: the largest side of any file, at most 128 px."""
-    return min(MAX_WORKING_SIDE, max((max(_open(path).size) for path in paths), default=1))
+    sides = [1]
+    for path in paths:
+        try:
+            with _open(path) as picture:
+                sides.append(max(picture.size))
+        except UserError:
+            if not skip_bad:
+                raise
+    return min(MAX_WORKING_SIDE, max(sides))
 
 
 def decode(
@@ -92,19 +98,16 @@ def decode(
 
 def read_image(path: Path) -> Image.Image:
     """An image file as RGB; raises UserError naming it if it cannot be read."""
-    picture = _open(path)
-    if picture.width * picture.height > MAX_PIXELS:
-        raise UserError(
-            f"{path} has {picture.width} x {picture.height} pixels, more than {MAX_PIXELS}; shrink it"
-        )
-    try:
-        picture.load()
+    with _open(path) as picture:
+        if picture.width * picture.height > MAX_PIXELS:
+            size = f"{picture.width} x {picture.height}"
+            raise UserError(f"{path} has {size} pixels, more than {MAX_PIXELS}; shrink it")
         if picture.mode.startswith("I;16"):
             log.warning("%s has 16 bits per channel; values above 255 become white", path)
-        picture = ImageOps.exif_transpose(picture)
-        return picture if picture.mode == "RGB" else picture.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}); restore it or give --skip_bad_images") from None
+        try:
+            return ImageOps.exif_transpose(picture).convert("RGB")
+        except (OSError, SyntaxError, ValueError) as error:
+            raise UserError(f"{path} is damaged ({error}); restore it or give --skip_bad_images") from None
 
 
 def cache_folder() -> Path:
@@ -115,9 +118,7 @@ def cache_folder() -> Path:
 
 def _open(path: Path) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # read_image has a stricter limit
-            return Image.open(path)
+        return Image.open(path)
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
         raise UserError(
             f"{path} is no readable image ({error}); restore it or give --skip_bad_images"
@@ -135,10 +136,9 @@ def _decode_all(
     def decode_one(i: int) -> None:
         try:
             picture = read_image(paths[i])
-        except UserError as error:
+        except UserError:
             if not skip_bad:
                 raise
-            log.warning("skipped: %s", error)
             good[i] = False
             return
         native_sizes[i] = picture.height, picture.width

@@ -32,6 +32,8 @@ class DataSetSpec:
     """captions are in <stem>.json and <stem>_test.json"""
     captions_per_image: int
     """length of one image's block in the flat caption list"""
+    prompt: str
+    """request to the LLM with a place for {examples}, captions of normal images"""
     n_epochs: int
     """training epochs of the detector (paper, Section IV)"""
     lr_milestone: tuple[int, ...] = (50,)
@@ -169,6 +171,12 @@ def _read_captions(folder: Path, split: str, count: int, spec: DataSetSpec) -> t
     if len(flat) != count * each:
         raise UserError(
             f"{path} holds {len(flat)} captions for {count} images, not {count * each} ({each} per image); "
-            f"the first image without its full {each} is number {len(flat) // each}"
+            f"{_where(len(flat), count, each)}"
         )
     return tuple(tuple(flat[i * each : (i + 1) * each]) for i in range(count))
+
+
+def _where(given: int, images: int, each: int) -> str:
+    if given > images * each:
+        return f"{given - images * each} are too many"
+    return f"the first image without its full {each} is number {given // each}"

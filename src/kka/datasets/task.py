@@ -59,6 +59,8 @@ def read_task(spec: DataSetSpec, root: Path, choice: Choice) -> Task:
     """
     if not root.is_dir():
         raise UserError(f"{root} does not exist; give the folder of {spec.title} with --data_path")
+    if not any(root.iterdir()):
+        raise UserError(f"{root} is empty; fill it with `python src/prepare.py` or give another --data_path")
     anomaly_path = choice.anomaly_path or root / str(ANOMALY_FOLDER)
     if spec.name == "folder":
         normals, test = read_folder(root)
@@ -71,6 +73,8 @@ def read_task(spec: DataSetSpec, root: Path, choice: Choice) -> Task:
         _check_folders(spec, root, folders, anomaly_path, normal_classes)
         normals = _read_classes(spec, root, folders[0], "train", normal_classes)
         test = _read_classes(spec, root, folders[1], "test", normal_classes)
+    if choice.anomaly_path is not None and ANOMALY_FOLDER not in (*folders[0], *folders[1]):
+        raise UserError("--anomaly_path has no effect, because the user_dict has no folder 0 on either side")
     if not len(normals):
         raise UserError(f"{root} has no normal training images; training needs at least two")
     everything = Images()
@@ -122,13 +126,20 @@ def read_anomalies(folder: Path, spec: DataSetSpec) -> Images:
 
 def parse_user_dict(text: str) -> UserDict:
     """--user_dict: JSON such as {"0": [26, 0], "1": [26, 1, 2]}, or a file with it."""
-    value = read_json(Path(text)) if not text.lstrip().startswith("{") else _parse_json(text)
+    value = _parse_json(text) if text.lstrip()[:1] in ("{", "[") else _read_json(text)
     if not isinstance(value, dict) or {str(key) for key in value} != {"0", "1"}:
         raise UserError(f'--user_dict must be {{"0": [training folders], "1": [test folders]}}, it is {text}')
     for side, folders in value.items():
         if not isinstance(folders, list) or not all(type(i) is int and i >= 0 for i in folders):
             raise UserError(f"--user_dict: side {side} must be a list of folder numbers, it is {folders!r}")
     return {int(side): folders for side, folders in value.items()}
+
+
+def _read_json(path: str) -> object:
+    try:
+        return read_json(Path(path))
+    except UserError as error:
+        raise UserError(f"--user_dict: {error}") from None
 
 
 def _parse_json(text: str) -> object:

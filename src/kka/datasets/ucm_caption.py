@@ -19,5 +19,10 @@ SPEC = DataSetSpec(
     iterating_user_dict=iterating_user_dict,
     caption_stem="caption_sentence",
     captions_per_image=5,
+    prompt=(
+        "Describe one aerial image that shows another use of the land than the ones below. Answer "
+        "with one sentence only, in exactly the structure and style of these "
+        "descriptions:\n{examples}"
+    ),
     n_epochs=300,
 )

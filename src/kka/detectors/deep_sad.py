@@ -5,6 +5,7 @@ score is the squared distance to c. Implementation details are numbered in docs/
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -59,6 +60,9 @@ class DeepSADSettings:
     )
     center_from: str = option("normals", "images whose mean is the centre c", ("normals", "all"))
     drop_last: bool = option(False, "drop the last incomplete batch of an epoch, as the official code")
+    precision: str = option(
+        "float32", "of the training steps; scores are always float32", ("float32", "bfloat16")
+    )
     test_every: int = option(0, "epochs between two test AUCs for curves, never used for selection; 0: none")
 
 
@@ -75,9 +79,9 @@ def check_settings(settings: DeepSADSettings) -> None:
     for name in ("weight_decay", "ae_weight_decay", "n_epochs", "ae_n_epochs", "test_every"):
         if (getattr(settings, name) or 0) < 0:
             raise UserError(f"--{name} must not be negative, it is {getattr(settings, name)}")
-    if any(epoch < 1 for epoch in (*settings.lr_milestone, *settings.ae_lr_milestone)):
+    if any(epoch < 0 for epoch in (*settings.lr_milestone, *settings.ae_lr_milestone)):
         raise UserError(
-            "--lr_milestone and --ae_lr_milestone are epochs from 1 on; leave them empty for none"
+            "--lr_milestone and --ae_lr_milestone are epochs; 0 is the start, none at all is no drop"
         )
 
 
@@ -156,12 +160,16 @@ class DeepSAD:
             for batch, images in self._batches(train, "pretrain", epoch, s.ae_batch_size):
                 inputs = normalize(images).contiguous(memory_format=torch.channels_last)
                 targets = inputs if s.official_pretrain else images
-                loss = F.mse_loss(autoencoder(inputs), targets)
+                with self._autocast():
+                    reconstructions = autoencoder(inputs)
+                loss = F.mse_loss(reconstructions.float(), targets)
                 total += len(batch) * gradient_step(optimizer, loss, f"epoch {epoch} of pre-training")
             scheduler.step()
             journal.record("pretrain", epoch, loss=total / self._epoch_size(train, s.ae_batch_size))
         if evaluate is not None and "ae" not in journal.facts:
+            began = time.monotonic()
             journal.facts["ae"] = {"test_auc": evaluate(self.autoencoder_score)}
+            journal.facts["ae"]["test_time"] = time.monotonic() - began
         if not s.official_pretrain:
             self.model.net.load_state_dict(autoencoder.encoder.state_dict(), strict=True)
 
@@ -176,7 +184,9 @@ class DeepSAD:
             total = 0.0
             for batch, images in self._batches(train, "train", epoch, s.batch_size):
                 inputs = normalize(images).contiguous(memory_format=torch.channels_last)
-                loss = deep_sad_loss(model(inputs), train.semi_targets[batch], s.eta).mean()
+                with self._autocast():
+                    distances = model(inputs)
+                loss = deep_sad_loss(distances.float(), train.semi_targets[batch], s.eta).mean()
                 total += len(batch) * gradient_step(optimizer, loss, f"epoch {epoch} of training")
             scheduler.step()
             curve = {}
@@ -229,6 +239,9 @@ class DeepSAD:
         for batch in order.split(size):
             images = augment(train.images[batch], train.native_sizes[batch], self.image_size, stream)
             yield batch, self._shown(images)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16")
 
     def _epoch_size(self, train: TrainSet, batch_size: int) -> int:
         """Images used in an epoch: all, but for an incomplete batch that is unwanted or a single image."""

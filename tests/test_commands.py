@@ -1,0 +1,72 @@
+"""The commands of the README and the demo, at toy size."""
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from toy import run_main, write_toy_folder, write_toy_set
+
+import demo
+from kka.datasets import flower, garden, get_spec
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+COMMANDS = re.findall(r"^python src/main\.py(.*?)(?:#.*)?$", README, flags=re.MULTILINE)
+SMALL = {"normal": {"train": 5, "test": 3}, "other": {"train": 1, "test": 1}}
+FAST = ["--n_epochs", "1", "--ae_n_epochs", "1", "--device", "cpu"]
+
+
+@pytest.fixture
+def small_garden(tmp_path, monkeypatch):
+    monkeypatch.setattr(garden, "N_IMAGES", SMALL)
+    garden.make_garden(tmp_path / "garden", n_anomalies=8)
+    return tmp_path / "garden"
+
+
+def toy_data(name, tmp_path):
+    """A folder that looks like the data set, and the flags that choose its classes."""
+    if name == "folder":
+        return [str(write_toy_folder(tmp_path / "toy", n_anomalies=4))]
+    root = write_toy_set(tmp_path / "toy", get_spec(name))
+    return [str(root), "--user_dict", json.dumps({"0": [1, 0], "1": [1, 2, 3]})]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_readme_command_runs(command, tmp_path, request):
+    words = shlex.split(command)
+    name = words[words.index("--dataset_name") + 1] if "--dataset_name" in words else flower.SPEC.name
+    if name == garden.SPEC.name:
+        data = [str(request.getfixturevalue("small_garden"))]
+    else:
+        data = toy_data(name, tmp_path)
+    words = [str(tmp_path / "toy" / "0") if word == "DIR" else word for word in words]
+    result = run_main([*words, "--data_path", *data, *FAST, "--xp_path", str(tmp_path / "run")])
+    assert result.code == 0, result.stderr
+    runs = [path.parent for path in (tmp_path / "run").rglob("results.json")]
+    assert len(runs) == (5 if "--runs" in words else 1)
+    for run in runs:
+        results = json.loads((run / "results.json").read_text())
+        assert 0 <= results["test_auc"] <= 1
+
+
+def test_readme_names_every_kind_of_command():
+    assert len(COMMANDS) >= 5
+    assert README.index("make demo") < README.index("make test") < README.index("python src")
+
+
+def test_demo_makes_both_runs_and_a_picture(small_garden, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    flags = {"--data_path": small_garden, "--out": out, "--n_anomalies": 4, "--n_epochs": 1}
+    monkeypatch.setattr(garden, "make_garden", lambda root: None)  # it has been drawn with fewer pictures
+    monkeypatch.setattr(sys, "argv", ["demo.py", *(str(word) for pair in flags.items() for word in pair)])
+    demo.main()
+    printed = capsys.readouterr().out
+    for n in (0, 4):
+        auc = json.loads((out / f"anomalies_{n}" / "results.json").read_text())["test_auc"]
+        assert re.search(rf"{n} generated anomalies .*stand-in.*: {100 * auc:.2f} %", printed)
+    with Image.open(out / "demo.png") as picture:
+        assert picture.width > 600
+        assert len(picture.convert("RGB").getcolors(10**6)) > 1000

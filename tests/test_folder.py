@@ -1,0 +1,115 @@
+"""Any image folder in MVTec's format."""
+
+import json
+
+import pytest
+from toy import read_json, refused, results, run_toy, write_toy_folder
+
+from kka.datasets import folder as module
+from kka.datasets.folder import read_folder, read_kind
+from kka.datasets.task import Choice, read_task
+from kka.errors import UserError
+
+SPEC = module.SPEC
+
+
+def run(root, folder, **flags):
+    return run_toy(root, folder, dataset_name="folder", user_dict=None, **flags)
+
+
+def test_kinds_of_anomaly_are_tested_and_never_trained_on(tmp_path):
+    root = write_toy_folder(tmp_path, ("scratch", "dent"))
+    train, test = read_folder(root)
+    assert train.classes == ("good",) * 8
+    assert train.targets == (0,) * 8
+    assert test.classes == ("good",) * 4 + ("dent",) * 3 + ("scratch",) * 3
+    assert test.targets == (0,) * 4 + (1,) * 6
+    assert test.paths[4] == root / "test" / "dent" / "000.png"
+
+
+def test_captions_are_one_or_several_for_each_file(tmp_path):
+    root = write_toy_folder(tmp_path)
+    captions = {"000.png": "one", "002.png": ["two", "drei: ü"]}
+    (root / "train" / "good" / "captions.json").write_text(json.dumps(captions), encoding="utf-8-sig")
+    train, _ = read_folder(root)
+    assert train.captions[:4] == (("one",), (), ("two", "drei: ü"), ())
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("[]", "must hold an object of file names and captions, it holds a list"),
+        ("{", "is not valid JSON"),
+        ('{"000.png": 3}', "'000.png' must have a caption or a list of captions, it has 3"),
+        ('{"000.png": ["a", null]}', "it has ['a', None]"),
+        ('{"gone.png": "a"}', "names 'gone.png', which is not an image in"),
+        ('{"../test/good/000.png": "a"}', "which is not an image in"),
+    ],
+)
+def test_malformed_captions_are_named(tmp_path, text, part):
+    root = write_toy_folder(tmp_path)
+    path = root / "train" / "good" / "captions.json"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        read_folder(root)
+    assert str(path) in str(error.value)
+    assert part in str(error.value)
+
+
+@pytest.mark.parametrize("needed", ["train/good", "test/good"])
+def test_missing_and_empty_folders_are_named(tmp_path, needed):
+    root = write_toy_folder(tmp_path)
+    for path in (root / needed).iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match=f"{root / needed} holds no images"):
+        read_folder(root)
+    (root / needed).rmdir()
+    with pytest.raises(UserError, match=f"has no folder {needed}; put images into"):
+        read_folder(root)
+
+
+def test_kind_without_images_is_named(tmp_path):
+    root = write_toy_folder(tmp_path)
+    (root / "test" / "empty").mkdir()
+    with pytest.raises(UserError, match="empty holds no images"):
+        read_folder(root)
+    (root / "test" / "empty" / "notes.txt").touch()
+    with pytest.raises(UserError, match="empty holds no images"):
+        read_kind(root / "test" / "empty", 1)
+
+
+def test_generated_anomalies_are_optional(tmp_path):
+    root = write_toy_folder(tmp_path / "plain")
+    task = read_task(SPEC, root, Choice())
+    assert (len(task.normals), len(task.generated), task.generated_index) == (8, 0, ())
+    with pytest.raises(UserError, match="there is no folder"):
+        read_task(SPEC, root, Choice(n_anomalies=2))
+    root = write_toy_folder(tmp_path / "generated", n_anomalies=5)
+    assert len(read_task(SPEC, root, Choice()).generated) == 5
+    assert len(read_task(SPEC, root, Choice(n_anomalies=2)).generated) == 2
+    assert len(read_task(SPEC, root, Choice(n_anomalies=0)).generated) == 0
+
+
+def test_iterate_tests_on_good_and_generated_images(tmp_path):
+    root = write_toy_folder(tmp_path, n_anomalies=5)
+    task = read_task(SPEC, root, Choice(iterate=True))
+    assert task.test.classes == ("good",) * 4 + ("0",) * 5
+    assert task.test.targets == (0,) * 4 + (1,) * 5
+
+
+def test_run_with_generated_anomalies(tmp_path):
+    root = write_toy_folder(tmp_path / "set", n_anomalies=6)
+    outcome = run(root, tmp_path / "run")
+    assert outcome.code == 0, outcome.stderr
+    values = results(tmp_path / "run")
+    assert [row[1] for row in values["test_scores"]] == [0] * 4 + [1] * 3
+    assert values["n_generated"] == 6
+    rows = read_json(tmp_path / "run" / "d_samples.json") + read_json(tmp_path / "run" / "e_samples.json")
+    assert sorted(row[0][0] for row in rows) == list(range(6))
+    assert all(captions == [] for _, captions in rows)
+
+
+def test_numbered_classes_do_not_exist_here(tmp_path):
+    root = write_toy_folder(tmp_path / "set")
+    refused(run(root, tmp_path / "run", normal_class=3), "--normal_class is for numbered class folders")
+    assert not (tmp_path / "run").exists()
