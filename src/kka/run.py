@@ -23,7 +23,7 @@ from kka.journal import Journal
 from kka.metrics import auroc
 from kka.options import PLACE, ExperimentSettings
 from kka.results import Scored, check_scores, save_model, test_metrics, write_split
-from kka.runs import RESULTS, ROOT, claim, fingerprint, locked, write_config
+from kka.runs import LOG, RESULTS, ROOT, claim, fingerprint, locked, write_config
 from kka.seeds import derive_seed, generator
 from kka.split import easy_anomalies, hard_anomalies, hardness_threshold
 from kka.train_set import TrainSet
@@ -89,7 +89,7 @@ class Run:
                 return read_json(self.folder / RESULTS)
             settings = {**asdict(self.settings), "runs": 1, **asdict(self.detector_settings)}
             write_config(self.folder, self.identity, settings)
-            with log_to(self.folder / "log.txt"):
+            with log_to(self.folder / LOG):
                 return self._train_and_test()
 
     def _train_and_test(self) -> dict[str, Any]:

@@ -19,13 +19,13 @@ import torch
 
 from kka.errors import UserError
 from kka.files import read_json, write_json
-from kka.journal import CHECKPOINTS
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "pillow")
 LOCK = "run.lock"
 CONFIG = "config.json"
 RESULTS = "results.json"
+LOG = "log.txt"
 
 
 def fingerprint(value: Any) -> str:
@@ -89,9 +89,8 @@ def claim(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> bool:
     config = folder / CONFIG
     if not config.exists():
         return False
-    begun = any((folder / name).exists() for name in (RESULTS, *CHECKPOINTS))
     difference = compare(_identity(config), json.loads(json.dumps(identity, default=str)))
-    if overwrite or (difference and not begun):
+    if overwrite or (difference and not _has_begun(folder)):
         clear(folder)
         return False
     if difference:
@@ -100,6 +99,12 @@ def claim(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> bool:
             "choose another folder or give --overwrite to replace it"
         )
     return (folder / RESULTS).exists()
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether a run has left more there than its configuration and its log."""
+    others = [p for p in folder.iterdir() if p.name not in (LOCK, CONFIG, LOG) and not p.name.startswith(".")]
+    return any(p.is_dir() or p.stat().st_size for p in others)
 
 
 def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
