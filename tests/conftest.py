@@ -1,5 +1,10 @@
 """Every test keeps away from the user's cache, data and run folders."""
 
+import os
+
+# The test processes share the cores: one thread each. Set before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 from toy import run_toy, write_toy_set
 

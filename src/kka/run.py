@@ -22,9 +22,10 @@ from kka.files import read_json, write_json
 from kka.journal import Journal
 from kka.metrics import auroc
 from kka.options import PLACE, ExperimentSettings
-from kka.results import Scored, check_scores, save_model, test_metrics, write_split
+from kka.results import MODEL_CARD, Scored, check_scores, load_weights, save_model, test_metrics, write_split
 from kka.runs import LOG, RESULTS, ROOT, claim, fingerprint, locked, write_config
 from kka.seeds import derive_seed, generator
+from kka.settings import make_settings
 from kka.split import easy_anomalies, hard_anomalies, hardness_threshold
 from kka.train_set import TrainSet
 
@@ -195,6 +196,14 @@ class Run:
         for checkpoint in self.folder.rglob("checkpoint*.pt"):  # nothing is left to resume
             checkpoint.unlink()
         _report(results)
+
+
+def load_detector(run: Path, device: torch.device) -> DeepSAD:
+    """The trained detector of a finished run."""
+    settings = make_settings(DeepSADSettings, read_json(run / MODEL_CARD)["settings"])
+    detector = DeepSAD(settings, device=device)
+    detector.load_state_dict(load_weights(run))
+    return detector
 
 
 def threshold_images(source: str, data: Data, train: TrainSet, heldout: Tensor) -> Tensor:

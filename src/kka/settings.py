@@ -26,24 +26,33 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def build_parser(description: str, *settings_classes: type) -> argparse.ArgumentParser:
-    """A parser with one flag per field; flags that are not given are absent from the result."""
+def build_parser(description: str, *settings_classes: type, **prefixed: type) -> argparse.ArgumentParser:
+    """A parser with one flag per field; flags that are not given are absent from the result.
+
+    Flags of `llm=LanguageModelSettings` begin with --llm_; `take_prefix` finds their values.
+    """
     parser = _Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for settings_class in settings_classes:
+    for prefix, settings_class in [*(("", cls) for cls in settings_classes), *prefixed.items()]:
         title = (settings_class.__doc__ or "").splitlines()[0]
         group = parser.add_argument_group(title)
         hints = typing.get_type_hints(settings_class)
         for field in dataclasses.fields(settings_class):
-            _add_flag(group, field, *_element_type(hints[field.name]))
+            _add_flag(group, prefix, field, *_element_type(hints[field.name]))
     return parser
 
 
-def _add_flag(group: Any, field: Any, kind: type, many: bool) -> None:
+def take_prefix(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values whose names begin with `<prefix>_`, without it."""
+    start = f"{prefix}_"
+    return {key.removeprefix(start): value for key, value in values.items() if key.startswith(start)}
+
+
+def _add_flag(group: Any, prefix: str, field: Any, kind: type, many: bool) -> None:
     extra: dict[str, Any] = {"nargs": "*", "action": "extend"} if many else {}
     if kind is bool:
         extra = {"nargs": "?", "const": True}  # --flag, or as the official code: --flag True
     group.add_argument(
-        f"--{field.name}",
+        f"--{prefix}_{field.name}" if prefix else f"--{field.name}",
         type=parse_bool if kind is bool else kind,
         choices=field.metadata["choices"],
         metavar=None if field.metadata["choices"] else kind.__name__.upper(),

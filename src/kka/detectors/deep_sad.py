@@ -212,6 +212,14 @@ class DeepSAD:
         return torch.cat(parts).cpu()
 
     @torch.no_grad()
+    def embed(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) uint8 -> (N, D) features phi(x), on the CPU."""
+        self.model.eval()
+        return torch.cat(
+            [self.model.net(normalize(self._unit(part))) for part in images.split(SCORE_BATCH)]
+        ).cpu()
+
+    @torch.no_grad()
     def autoencoder_score(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) uint8 -> (N,) reconstruction error of the pre-trained autoencoder, on the CPU."""
         self.autoencoder.eval()

@@ -1,0 +1,312 @@
+"""Folder 0, the generated anomalies X_a: images, manifest and name lists, and their update (Eq. 8).
+
+The manifest is the record: `image.json` and the caption list are written from it, so that image and caption
+cannot fall out of step.
+"""
+
+import fcntl
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+
+from kka.datasets.layout import NAME_LIST, DataSetSpec, list_images, write_class_folder
+from kka.errors import UserError
+from kka.files import sha256, write_bytes
+
+if TYPE_CHECKING:
+    from kka.results import Scored
+
+MANIFEST = "manifest.jsonl"
+PER_ROUND = 59  # new hard anomalies per round: the paper's sets of 200 grow to 318 in two rounds
+MODES = ("add", "rep")
+MAX_NUMBER = 99_999
+_NAME = re.compile(r"image_\d{5}\.png")
+
+
+@dataclass(frozen=True)
+class Item:
+    """A generated image: one line of the manifest."""
+
+    file: str
+    """its name in the folder"""
+    sha256: str
+    """of the file"""
+    caption: str
+    prompt_sha256: str | None
+    """of the request that the LLM answered with the caption; None for captions from elsewhere"""
+    examples: list[str]
+    """captions of normal images in that request"""
+    llm: str | None
+    adapter: str | None
+    drawer: str
+    """text-to-image model"""
+    drawer_settings: dict[str, Any]
+    seed: int
+    """of the image"""
+    round: int
+    """in which it was made"""
+    source: str | None = None
+    """image of the bank that was taken"""
+    status: str = "new"
+    """Eq. (6): new (not judged), hard, easy, or between (neither, with --easy_top_k)"""
+    score: float | None = None
+    """that the evaluator gave it, higher = more anomalous"""
+    replaced: int | None = None
+    """round whose update took it out of the set"""
+
+
+@dataclass(frozen=True)
+class Updated:
+    """What an update of the set did."""
+
+    added: int
+    replaced: int
+    size: int
+    """images in the new set"""
+
+
+def file_name(number: int) -> str:
+    """Name of image `number`, from 1 on: 15 characters, to which the official code cuts all names."""
+    return f"image_{number:05d}.png"
+
+
+def file_number(name: str) -> int:
+    """The inverse of `file_name`."""
+    return int(name[6:11])
+
+
+def read_items(folder: Path) -> list[Item]:
+    """All items of a folder, replaced ones too, in the order of their numbers; [] without a manifest.
+
+    Several processes leave one manifest each until they are merged. Raises UserError naming file and line.
+    """
+    found: dict[str, Item] = {}
+    # A newer line for the same image is in the manifest of a process, or further down.
+    for path in sorted(folder.glob("manifest*.jsonl"), key=lambda path: path.name != MANIFEST):
+        for number, value in read_lines(path):
+            item = _parse(value, f"{path}, line {number}")
+            found[item.file] = item
+    return [found[name] for name in sorted(found)]
+
+
+def read_lines(path: Path) -> list[tuple[int, Any]]:
+    """Number and JSON value of each line of a .jsonl file; an unfinished last line is passed over.
+
+    Raises UserError naming file and line.
+    """
+    lines = path.read_bytes().split(b"\n")
+    values = []
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                values.append((number, json.loads(line)))
+        except ValueError as error:
+            if number < len(lines):
+                raise UserError(f"{path}, line {number} is not valid JSON ({error})") from None
+    return values
+
+
+def live(items: Sequence[Item]) -> list[Item]:
+    """The items that are in the set, in the order of `image.json`."""
+    return [item for item in items if item.replaced is None]
+
+
+def _parse(value: Any, where: str) -> Item:
+    try:
+        item = Item(**value)
+    except TypeError:
+        raise UserError(f"{where} is no record of a generated image; restore it or remove the line") from None
+    if not isinstance(item.file, str) or not _NAME.fullmatch(item.file):
+        raise UserError(f"{where} names the file {item.file!r}; names are {file_name(1)} and so on")
+    return item
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raises UserError if the folder holds images that this project did not make: they are never touched."""
+    if any(folder.glob("manifest*.jsonl")) or not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file; choose a folder")
+    if (folder / NAME_LIST["train"]).exists() or list_images(folder):
+        raise UserError(
+            f"{folder} holds images but no {MANIFEST}; they stay as they are, so choose another folder"
+        )
+
+
+@contextmanager
+def appending(folder: Path, shard: tuple[int, int] = (0, 1)) -> Iterator[Callable[[Sequence[Item]], None]]:
+    """A function that appends items to the manifest and returns when they are safe on disk.
+
+    Args:
+        folder: made if it is missing.
+        shard: (i, n), process i of n; each has a manifest of its own until `write_set` merges them.
+
+    Raises UserError if another process fills the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    index, n = shard
+    path = folder / (MANIFEST if n == 1 else f"manifest.{index}.jsonl")
+    with open(path, "a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"{folder} is being filled by another process; wait for it or choose another folder"
+            ) from None
+        _end_line(file)
+        yield lambda items: _append(file, items)
+
+
+def write_manifest(folder: Path, items: Sequence[Item]) -> None:
+    """Replace all manifests of the folder by one."""
+    write_bytes(folder / MANIFEST, "".join(map(_line, items)).encode())
+    for shard in folder.glob("manifest.*.jsonl"):
+        shard.unlink()
+
+
+def write_set(folder: Path, items: Sequence[Item], spec: DataSetSpec) -> None:
+    """Write the manifest, and `image.json` and the caption list from it; no other process may write there.
+
+    The caption of an image is repeated `spec.captions_per_image` times, as in the official code.
+    """
+    write_manifest(folder, items)
+    current = live(items)
+    blocks = [[item.caption] * spec.captions_per_image for item in current]
+    write_class_folder(folder, "train", [item.file for item in current], blocks, spec)
+    for pattern in (".image*.tmp", ".manifest*.tmp", f".{spec.caption_stem}*.tmp"):
+        for left in folder.glob(pattern):  # by a killed process, in the middle of a file
+            left.unlink()
+
+
+def record_split(folder: Path, split: "Scored") -> None:
+    """Record in the manifest which images are hard and which easy (Eq. 6), with their scores."""
+    items = read_items(folder)
+    current, easy = live(items), set(split.easy.tolist())
+    if any(index >= len(current) for index in split.index):
+        raise UserError(f"{folder} has {len(current)} images in its manifest, fewer than were scored")
+    judged = {}
+    for k, index in enumerate(split.index):
+        status = "hard" if split.hard[k] else "easy" if k in easy else "between"
+        item = current[index]
+        judged[item.file] = replace(item, status=status, score=float(split.scores[k]))
+    write_manifest(folder, [judged.get(item.file, item) for item in items])
+
+
+# Eq. (8)
+def update(
+    folder: Path,
+    fresh: Path,
+    out: Path,
+    spec: DataSetSpec,
+    mode: str,
+    round: int,
+    rng: np.random.Generator,
+    per_round: int = PER_ROUND,
+) -> Updated:
+    """Write the next anomaly set: hard ones of `fresh` are added, or replace easy ones.
+
+    Args:
+        folder: the current set; mode rep needs its `record_split`.
+        fresh: images of captions by the tuned LLM, after `record_split`.
+        out: the new set, another folder. An interrupted update is repeated with an equal `rng`.
+        mode: see `choose_update`.
+        round: recorded with the images that leave.
+
+    Raises UserError if an image was changed since it was drawn, or the mode cannot work.
+    """
+    if out.resolve() in (folder.resolve(), fresh.resolve()):
+        raise UserError(f"{out} is an input of the update; the new set needs a folder of its own")
+    for place in (folder, fresh, out):
+        refuse_foreign(place)
+    items = read_items(folder)
+    leaving, entering = choose_update(items, read_items(fresh), mode, per_round, rng)
+    gone = {item.file for item in leaving}
+    updated = [replace(item, replaced=round) if item.file in gone else item for item in items]
+    first = 1 + max((file_number(item.file) for item in items), default=0)
+    with appending(out):  # the folder is marked as ours, and locked
+        for item in live(updated):
+            _copy(folder, item, out / item.file)
+        for number, item in enumerate(entering, first):
+            _copy(fresh, item, out / file_name(number))
+            updated.append(replace(item, file=file_name(number)))
+        write_set(out, updated, spec)
+    return Updated(len(entering), len(leaving), len(live(updated)))
+
+
+def choose_update(
+    items: Sequence[Item], fresh: Sequence[Item], mode: str, per_round: int, rng: np.random.Generator
+) -> tuple[list[Item], list[Item]]:
+    """The items that leave and those that enter.
+
+    Mode "add": none leaves; up to `per_round` hard ones of `fresh` enter, random ones if there are more.
+    Mode "rep": as many random easy ones leave as hard ones enter, so that the size stays.
+    An image that the set has or had does not enter again. Raises UserError if images were not split yet.
+    """
+    if mode not in MODES or per_round < 0:
+        raise UserError(f"--mode must be add or rep and --per_round at least 0; they are {mode}, {per_round}")
+    _check_judged(fresh, "the fresh images")
+    known = {item.sha256 for item in items}
+    hard = [item for item in fresh if item.status == "hard" and item.sha256 not in known]
+    n = min(per_round, len(hard))
+    if mode == "add":
+        return [], _sample(hard, n, rng)
+    _check_judged(live(items), "the images of the current set")
+    easy = [item for item in live(items) if item.status == "easy"]
+    n = min(n, len(easy))
+    return _sample(easy, n, rng), _sample(hard, n, rng)
+
+
+def _check_judged(items: Sequence[Item], what: str) -> None:
+    if items and all(item.status == "new" for item in items):
+        raise UserError(f"{what} have not been split into hard and easy ones; score them first")
+
+
+def _sample(items: list[Item], n: int, rng: np.random.Generator) -> list[Item]:
+    return [items[i] for i in sorted(rng.choice(len(items), n, replace=False).tolist())]
+
+
+def check_image(folder: Path, item: Item) -> None:
+    """Raises UserError if the image of an item is not there or was changed since it was drawn."""
+    path = folder / item.file
+    if not path.is_file():
+        raise UserError(f"{path} is in {MANIFEST} but does not exist; restore it or draw it again")
+    if sha256(path) != item.sha256:
+        raise UserError(
+            f"{path} was changed since it was drawn; restore it, or remove it to have it drawn again"
+        )
+
+
+def _copy(folder: Path, item: Item, target: Path) -> None:
+    check_image(folder, item)
+    if not target.exists() or sha256(target) != item.sha256:
+        write_bytes(target, (folder / item.file).read_bytes())
+
+
+def _line(item: Item) -> str:
+    return json.dumps(asdict(item), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _append(file: BinaryIO, items: Sequence[Item]) -> None:
+    file.write("".join(map(_line, items)).encode())
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _end_line(file: BinaryIO) -> None:
+    """Finish the last line, or cut off the part of one that a killed process has left."""
+    file.seek(0)
+    data = file.read()
+    start = data.rfind(b"\n") + 1
+    try:
+        if data[start:]:
+            json.loads(data[start:])
+            file.write(b"\n")
+    except ValueError:
+        file.truncate(start)
