@@ -125,7 +125,9 @@ def time_run(title: str, name: str, root: Path, choice: Choice, s: BenchmarkSett
         "test": time.perf_counter() - trained,
     }
     tqdm.write(f"(c) {title}, the plain way")
+    torch.set_flush_denormal(False)
     plain = PlainWay(data.task, train).time(s.plain_epochs, s.epochs)
+    torch.set_flush_denormal(True)
     counts = {"n_train": len(train), "n_test": len(data.task.test)}
     ratio = sum(plain.values()) / sum(ours.values())
     return {"title": title, **counts, "ours": ours, "plain": plain, "ratio": ratio}

@@ -90,8 +90,8 @@ class PlainDecoder(CIFAR10LeNetDecoder):
 class PlainWay:
     """Runs pre-training and training, and times some of their epochs the plain way.
 
-    The epochs in between train the same networks from resident tensors with denormals flushed, so that a
-    timed epoch meets the weights, and the denormal numbers, that it would meet in a whole plain run.
+    The epochs in between train the same networks from resident tensors, so that a timed epoch meets the weights,
+    and the denormal numbers, that it would meet in a whole plain run.
     """
 
     def __init__(self, task: Task, resident: TrainSet) -> None:
@@ -126,10 +126,9 @@ class PlainWay:
         stride = max(1, epochs // timed)
         for epoch in tqdm(range(epochs), desc="the plain way", disable=None, leave=False):
             if epoch % stride == stride // 2:
-                torch.set_flush_denormal(False)
                 yield _seconds(lambda: train(self.files))
-            torch.set_flush_denormal(True)
-            train(self._resident_batches(epoch))
+            else:
+                train(self._resident_batches(epoch))
 
     def _resident_batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         stream, t = generator(0, "plain", epoch), self.resident

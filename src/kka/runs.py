@@ -21,7 +21,9 @@ from kka.errors import UserError
 from kka.files import read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "pillow")
+PACKAGES = (
+    "torch", "torchvision", "numpy", "scikit-learn", "pillow", "transformers", "diffusers", "trl", "peft",
+)  # fmt: skip
 LOCK = "run.lock"
 CONFIG = "config.json"
 RESULTS = "results.json"
@@ -46,7 +48,9 @@ def locked(folder: Path) -> Iterator[None]:
         file = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
     except OSError as error:
         reason = f"cannot be written ({error.strerror})"
-        raise UserError(f"the run folder {folder} {reason}; choose another one with --xp_path") from None
+        raise UserError(
+            f"the run folder {folder} {reason}; choose another one with --xp_path or --out"
+        ) from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
