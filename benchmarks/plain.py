@@ -90,8 +90,8 @@ class PlainDecoder(CIFAR10LeNetDecoder):
 class PlainWay:
     """Runs pre-training and training, and times some of their epochs the plain way.
 
-    The epochs in between train the same networks from resident tensors, so that a timed epoch meets the weights,
-    and the denormal numbers, that it would meet in a whole plain run.
+    The epochs in between train the same networks from resident tensors, so that a timed epoch meets the
+    weights, and the denormal numbers, that it would meet in a whole plain run.
     """
 
     def __init__(self, task: Task, resident: TrainSet) -> None:
