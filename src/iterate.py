@@ -1,0 +1,60 @@
+"""Algorithm 1 unattended: captions, images, detector, preference tuning, next round.
+
+    python src/iterate.py --dataset_name flower --mode rep --rounds 2
+    python src/iterate.py --dataset_name garden --llm_model DIR --drawer_backend garden
+
+Flags of the LLM begin with --llm_, of the text-to-image model with --drawer_, of DPO with --tune_ and
+--pairs_; all others are the loop's and the detector's. An interrupted loop continues with the same command.
+"""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+from kka.algorithm import run_kka
+from kka.datasets import get_spec
+from kka.datasets.sources import data_root
+from kka.detectors.deep_sad import DeepSADSettings, check_settings
+from kka.drawers import DrawerSettings
+from kka.errors import run_script
+from kka.experiment import find_device
+from kka.language_models import LanguageModelSettings
+from kka.loop import Loop, LoopSettings
+from kka.loop_folder import check_loop, default_folder, opened, report_loop
+from kka.pairs import PairSettings
+from kka.preference_trainer import TuneSettings
+from kka.settings import build_parser, make_settings, take_prefix
+
+PREFIXED = {
+    "llm": LanguageModelSettings,
+    "drawer": DrawerSettings,
+    "tune": TuneSettings,
+    "pairs": PairSettings,
+}
+
+
+def main() -> None:
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    parser = build_parser("Algorithm 1, unattended.", LoopSettings, DeepSADSettings, **PREFIXED)
+    flags = vars(parser.parse_args())
+    settings, detector = make_settings(LoopSettings, flags), make_settings(DeepSADSettings, flags)
+    llm, drawer, tuning, pairs = (
+        make_settings(cls, take_prefix(prefix, flags)) for prefix, cls in PREFIXED.items()
+    )
+    spec = get_spec(settings.dataset_name)
+    detector = replace(detector, n_epochs=spec.n_epochs if detector.n_epochs is None else detector.n_epochs)
+    check_settings(detector)
+    device, root = find_device(settings.device, strict=False), data_root(spec, settings.data_path)
+    folder = Path(settings.xp_path).expanduser() if settings.xp_path else Path()
+    loop = Loop(folder, root, spec, settings, detector, llm, drawer, tuning, pairs, device)
+    if not settings.xp_path:
+        loop = replace(loop, folder=default_folder(loop))
+    check_loop(loop)
+    with opened(loop):
+        rows = run_kka(loop)
+        print(report_loop(loop, rows))
+    print(f"everything is in {loop.folder}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,330 @@
+"""Eq. (3): an LLM describes anomalies, shown captions of normal images, until there are as many as wanted.
+
+Two files grow together: <name>.answers.jsonl gets every answer as it came, so that none is asked for twice,
+and captions.jsonl the captions that came out of them.
+"""
+
+import fcntl
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from tqdm import tqdm
+
+from kka.anomalies import read_lines
+from kka.clean import Cleaner, SimilarTexts
+from kka.datasets import garden, get_spec, sources
+from kka.datasets.layout import DataSetSpec, Images
+from kka.datasets.task import Choice, read_task
+from kka.errors import UserError
+from kka.files import write_bytes
+from kka.language_models import LanguageModel, LanguageModelSettings, load_language_model
+from kka.prompts import generation_prompt, prompt_digest
+from kka.seeds import derive_seed
+from kka.settings import option
+
+PATIENCE = 5  # requests in a row without a new caption, after which the LLM is taken to have no more
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CaptionSettings:
+    """Captions of anomalies."""
+
+    dataset_name: str = option("flower", "flower, cifar100 (mycifar), ucm_caption, folder or garden")
+    data_path: str | None = option(None, "folder of the data set; None: data/<name>, made if it can be")
+    normal_class: tuple[int, ...] = option((), "folders taken as normal; none: the data set's own")
+    n: int = option(200, "captions wanted")
+    out: str = option("captions.jsonl", "file of captions; what it holds is kept, and goes on from there")
+    text: str | None = option(None, "also write them here, one per line (the official flower.txt)")
+    examples: tuple[str, ...] = option((), "captions to show the LLM; none: of random normal training images")
+    n_examples: int | None = option(None, "how many of those; None: one for each normal folder")
+    keep_normal_captions: bool = option(False, "keep captions that describe the normal class")
+    ask: int = option(16, "answers per request to the LLM")
+    seed: int = option(0, "of the choice of examples and of sampling")
+    round: int = option(0, "round of Algorithm 1, for the record")
+
+
+@dataclass
+class Described:
+    """What came of asking."""
+
+    captions: list[str] = field(default_factory=list)
+    """at most as many as were wanted"""
+    rejected: Counter[str] = field(default_factory=Counter)
+    """lines and answers that gave no caption, by reason"""
+    requests: int = 0
+    """requests answered, now or before an interruption"""
+
+    def reasons(self) -> str:
+        """The rejected ones, e.g. "41 duplicate, 3 refusal"."""
+        return ", ".join(f"{count} {reason}" for reason, count in self.rejected.most_common()) or "none"
+
+
+def describe(
+    model: LanguageModel,
+    prompt: str,
+    examples: Sequence[str],
+    n: int,
+    seed: int,
+    path: Path,
+    *,
+    round: int = 0,
+    is_normal: Callable[[str], bool] | None = None,
+    known: Iterable[str] = (),
+    ask: int = 16,
+) -> Described:
+    """Ask the LLM until there are `n` captions of anomalies, and append them to a file.
+
+    The same call continues an interrupted one, and one with a larger `n` a finished one. Other prompts,
+    models, seeds and rounds may share the file; their captions are not repeated.
+
+    Args:
+        model: who is asked.
+        prompt: what is asked, `generation_prompt(spec, examples)`.
+        examples: captions in the prompt, not accepted as answers.
+        n: captions wanted, at least 1.
+        seed: of sampling; request k has a seed of its own.
+        path: captions.jsonl.
+        round: round of Algorithm 1, for the record.
+        is_normal: whether a caption describes the normal class; such are rejected.
+        known: captions of other files, not to be repeated.
+        ask: answers per request.
+
+    Returns fewer than `n` captions when PATIENCE requests in a row gave no new one.
+    Raises UserError if the model cannot go on; what has been answered is kept.
+    """
+    source: dict[str, Any] = {
+        "prompt_sha256": prompt_digest(prompt),
+        "llm": model.id,
+        "adapter": model.adapter,
+    }
+    source |= {"seed": seed, "round": round}
+    with appending(answers_path(path)) as answers, appending(path) as captions:
+        collector = _Collector(source, examples, n, captions, path, is_normal, known)
+        described = collector.described
+        for record in read_records(answers_path(path), "answers", list):
+            if _is_from(source, record) and not collector.full:
+                collector.take(record)
+        collector.idle %= PATIENCE  # a call that gave up is given another chance
+        with tqdm(total=n, initial=len(described.captions), unit="caption", disable=None) as bar:
+            while not collector.full and collector.idle < PATIENCE:
+                each = derive_seed(seed, "describe", round, described.requests)
+                record = {**source, "request": described.requests, **_request(model, prompt, ask, each, path)}
+                append(answers, [record])
+                bar.update(collector.take(record))
+    return described
+
+
+class _Collector:
+    """Cleans the answers of one source and writes their captions."""
+
+    def __init__(
+        self,
+        source: dict[str, Any],
+        examples: Sequence[str],
+        n: int,
+        file: BinaryIO,
+        path: Path,
+        is_normal: Callable[[str], bool] | None,
+        known: Iterable[str],
+    ) -> None:
+        self.source, self.examples, self.n, self.file = source, list(examples), n, file
+        records = read_records(path, "caption", str)
+        self.written = {record["caption"] for record in records if _is_from(source, record)}
+        others = [record["caption"] for record in records if record["caption"] not in self.written]
+        self.cleaner = Cleaner(examples, is_normal, [*known, *others])
+        self.described = Described(rejected=self.cleaner.rejected)
+        self.idle = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether there are enough captions."""
+        return len(self.described.captions) >= self.n
+
+    def take(self, record: dict[str, Any]) -> int:
+        """Write the new captions of a request that are still wanted; returns how many there were."""
+        fresh = [caption for answer in record["answers"] for caption in self.cleaner.clean(answer)]
+        self.cleaner.rejected.update(record.get("failures", {}))
+        fresh = fresh[: self.n - len(self.described.captions)]
+        unwritten = [caption for caption in fresh if caption not in self.written]
+        append(self.file, [{"caption": c, **self.source, "examples": self.examples} for c in unwritten])
+        self.described.captions += fresh
+        self.described.requests += 1
+        self.idle = 0 if fresh else self.idle + 1
+        return len(fresh)
+
+
+def _request(model: LanguageModel, prompt: str, ask: int, seed: int, path: Path) -> dict[str, Any]:
+    """Answers to one request and what became of the others."""
+    before = Counter(model.failures)
+    try:
+        answers = model.complete(prompt, ask, seed)
+    except UserError as error:
+        raise UserError(f"{error}; the same command goes on from what {path} holds") from None
+    return {"prompt": prompt, "answers": answers, "failures": dict(model.failures - before)}
+
+
+def write_captions(
+    settings: CaptionSettings,
+    model_settings: LanguageModelSettings,
+    choose: Callable[[Sequence[Sequence[str]], int, int], list[str]] | None = None,
+) -> Described:
+    """create/use_glm4.py: captions of anomalies for a data set.
+
+    `choose(captions of each normal image, n, seed)` picks the examples; `choose_examples` by default.
+    Raises UserError for bad input, and if there are fewer captions than wanted once they are written.
+    """
+    check_settings(settings)
+    spec, path = get_spec(settings.dataset_name), Path(settings.out)
+    normals = read_normals(settings, spec)
+    n_examples = settings.n_examples or max(1, len(set(normals.classes)))
+    examples = settings.examples or (choose or choose_examples)(normals.captions, n_examples, settings.seed)
+    prompt = generation_prompt(spec, examples)
+    log.info("%s", prompt)
+    is_normal = normal_test(spec, normals, settings.normal_class or spec.normal_classes)
+    described = describe(
+        load_language_model(model_settings),
+        prompt,
+        examples,
+        settings.n,
+        settings.seed,
+        path,
+        round=settings.round,
+        is_normal=None if settings.keep_normal_captions else is_normal,
+        ask=settings.ask,
+    )
+    if settings.text is not None:
+        write_bytes(Path(settings.text), "".join(f"{line}\n" for line in described.captions).encode())
+    found, reasons = len(described.captions), described.reasons()
+    log.info("%d captions in %s; %d requests; rejected: %s", found, path, described.requests, reasons)
+    if found < settings.n:
+        raise UserError(
+            f"only {found} of {settings.n} captions are in {path}: {PATIENCE} requests in a row gave no new "
+            f"one (rejected: {reasons}); raise --temperature, leave out --greedy, or give other --examples"
+        )
+    return described
+
+
+def check_settings(settings: CaptionSettings) -> None:
+    """Raises UserError naming the first flag that makes no sense."""
+    for name in ("n", "ask", "n_examples"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} must be at least 1, it is {value}")
+    for name in ("seed", "round"):
+        if getattr(settings, name) < 0:
+            raise UserError(f"--{name} must be at least 0, it is {getattr(settings, name)}")
+    if not all(map(str.strip, settings.examples)):
+        raise UserError("one of --examples is empty")
+    if Path(settings.out).suffix != ".jsonl":
+        raise UserError(f"--out {settings.out} must end in .jsonl; --text writes plain lines")
+
+
+def read_normals(settings: CaptionSettings, spec: DataSetSpec) -> Images:
+    """Normal training images; none if there are --examples and no data set on this machine."""
+    if settings.normal_class and not spec.normal_classes:
+        raise UserError(
+            f"--normal_class does not go with --dataset_name {spec.name}, which has no numbered classes"
+        )
+    if settings.examples and settings.data_path is None and not (sources.ROOT / "data" / spec.name).is_dir():
+        log.warning("%s is not here: only the examples tell what a normal caption is", spec.title)
+        return Images()
+    root = sources.data_root(spec, settings.data_path)
+    folders = {0: list(settings.normal_class or spec.normal_classes), 1: []}
+    return read_task(spec, root, Choice(user_dict=folders, n_anomalies=0)).normals
+
+
+def choose_examples(captions: Sequence[Sequence[str]], n: int, seed: int) -> list[str]:
+    """A random caption of each of `n` random images, all different; fewer if there are not so many.
+
+    The paper's introduction does it so; Eq. (2) chooses representatives instead.
+    """
+    rng = np.random.default_rng(derive_seed(seed, "examples"))
+    chosen: list[str] = []
+    for i in rng.permutation(len(captions)):
+        block = [caption for caption in captions[i] if caption.strip() and caption not in chosen]
+        if block and len(chosen) < n:
+            chosen.append(block[rng.integers(len(block))])
+    return chosen
+
+
+def normal_test(spec: DataSetSpec, normals: Images, classes: Sequence[int]) -> Callable[[str], bool]:
+    """Whether a caption describes the normal class: it is near one of a normal image.
+
+    In the garden, where captions can be read, so does one that names all attributes of a normal species.
+    """
+    texts = SimilarTexts(caption for block in normals.captions for caption in block)
+    species = [asdict(garden.SPECIES[i]) for i in classes] if spec.name == garden.SPEC.name else []
+    return lambda caption: (
+        texts.has_near(caption) or (bool(species) and garden.parse_caption(caption) in species)
+    )
+
+
+def answers_path(path: Path) -> Path:
+    """Where the answers behind a file of captions are."""
+    return path.with_suffix(".answers.jsonl")
+
+
+@contextmanager
+def appending(path: Path) -> Iterator[BinaryIO]:
+    """The file, open to append, without the unfinished line of a killed process.
+
+    Raises UserError if it cannot be written or another process has it.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+b")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); choose another file") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"{path} is in use by another process; wait for it or choose another file"
+            ) from None
+        _mend(file)
+        yield file
+
+
+def _mend(file: BinaryIO) -> None:
+    """Take away an unfinished last line; end a whole one."""
+    file.seek(0)
+    *lines, last = file.read().split(b"\n")
+    try:
+        if last.strip():
+            json.loads(last)
+            file.write(b"\n")
+    except ValueError:
+        file.truncate(sum(len(line) + 1 for line in lines))
+
+
+def append(file: BinaryIO, records: Sequence[dict[str, Any]]) -> None:
+    """Write records as lines of JSON, and return when they are safe on disk."""
+    if records:
+        file.write("".join(json.dumps(record) + "\n" for record in records).encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_records(path: Path, key: str, kind: type) -> list[dict[str, Any]]:
+    """The objects in a .jsonl file; raises UserError naming the line of one without a `key` of that kind."""
+    records = []
+    for number, value in read_lines(path):
+        if not isinstance(value, dict) or not isinstance(value.get(key), kind):
+            raise UserError(f"{path}, line {number} has no {key!r}; restore it or remove the line")
+        records.append(value)
+    return records
+
+
+def _is_from(source: dict[str, Any], record: dict[str, Any]) -> bool:
+    return all(record.get(key) == value for key, value in source.items())

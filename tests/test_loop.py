@@ -1,0 +1,142 @@
+"""Algorithm 1 on the garden with real libraries: a tiny random LLM, the garden as drawer, short trainings."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_models import tiny_glm
+
+import iterate
+from kka.anomalies import live, read_items
+from kka.datasets import garden
+from kka.describe import read_records
+from kka.errors import run_script
+
+ITERATE = Path(iterate.__file__)
+SMALL = {"normal": {"train": 8, "test": 4}, "other": {"train": 1, "test": 1}}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A small garden and a tiny LLM."""
+    root = tmp_path_factory.mktemp("world")
+    patch = pytest.MonkeyPatch()
+    patch.setattr(garden, "N_IMAGES", SMALL)
+    garden.make_garden(root / "garden", n_anomalies=2)
+    patch.undo()
+    tiny_glm(root / "llm")
+    return root
+
+
+def command(world, folder, **flags):
+    small = {
+        "dataset_name": "garden", "data_path": world / "garden", "xp_path": folder, "rounds": 2,
+        "mode": "add",
+        "n_initial": 10, "n_fresh": 6, "per_round": 2, "n_epochs": 12, "lr": 1e-3, "pretrain": False,
+        "batch_size": 8, "device": "cpu", "llm_model": world / "llm", "llm_device": "cpu",
+        "drawer_backend": "garden", "tune_device": "cpu", "tune_max_steps": 2, "tune_warmup_steps": 1,
+        "pairs_min_pairs": 1,
+    }  # fmt: skip
+    words = [str(word) for name, value in {**small, **flags}.items() for word in (f"--{name}", value)]
+    return [sys.executable, str(ITERATE), *words]
+
+
+def run(world, folder, **flags):
+    words, environment = command(world, folder, **flags), {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment)
+
+
+def snapshot(folder):
+    """What decides the result, without times."""
+    rows = json.loads((folder / "results.json").read_text())
+    for row in rows["rounds"]:
+        row.pop("seconds")
+    sets = [
+        [(i.sha256, i.caption, i.status) for i in read_items(folder / f"round_{k}" / "0")] for k in range(3)
+    ]
+    return rows, sets
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("loops") / "whole"
+    done = run(world, folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_table_and_sets(finished):
+    folder, done = finished
+    rows, _ = snapshot(folder)
+    assert [row["round"] for row in rows["rounds"]] == [0, 1, 2]
+    for name in ("none", "KKA(0)", "KKA(1)", "KKA(2)"):
+        assert f"| {name} |" in done.stdout
+    sizes = [len(live(read_items(folder / f"round_{k}" / "0"))) for k in range(3)]
+    assert sizes[0] == 10
+    assert sizes == [row["size"] for row in rows["rounds"]]
+    assert sizes == sorted(sizes)  # mode add
+    for k, n in ((0, 10), (1, 6), (2, 6)):
+        records = read_records(folder / f"round_{k}" / "captions.jsonl", "caption", str)
+        assert len(records) == n
+        assert {record["round"] for record in records} == {k}
+
+
+def test_no_caption_comes_twice(finished):
+    folder, _ = finished
+    for k in range(3):
+        captions = [item.caption for item in live(read_items(folder / f"round_{k}" / "0"))]
+        assert len(captions) == len(set(captions))
+
+
+def test_killed_loop_continues_to_the_same_result(world, finished, tmp_path):
+    folder = tmp_path / "killed"
+    for moment in ("round_0/0/manifest.jsonl", "round_0/detector/metrics.jsonl", "round_1/described.json"):
+        process = subprocess.Popen(
+            command(world, folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        deadline = time.monotonic() + 120
+        while not (folder / moment).exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = run(world, folder)
+    assert done.returncode == 0, done.stderr
+    assert snapshot(folder) == snapshot(finished[0])
+
+
+def test_finished_loop_of_other_settings_is_refused(world, finished):
+    folder, _ = finished
+    before = (folder / "results.json").read_bytes()
+    done = run(world, folder, per_round=3)
+    assert done.returncode == 2
+    assert "per_round 2 there, 3 now" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (folder / "results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        ({"n_initial": 0}, "--n_initial"),
+        ({"llm_backend": "openai"}, "--rounds 0"),
+        ({"llm_model": "/nowhere/glm"}, "/nowhere/glm"),
+        ({"n_clusters": 99}, "--n_clusters"),
+    ],
+)
+def test_bad_input_is_one_sentence(world, tmp_path, monkeypatch, capsys, flags, part):
+    words = command(world, tmp_path / "loop", **{"n_epochs": 1, **flags})
+    monkeypatch.setattr(sys, "argv", words[1:])
+    with pytest.raises(SystemExit) as stop:
+        run_script(iterate.main)
+    stderr = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert part in stderr.splitlines()[-1]
+    assert "Traceback" not in stderr
