@@ -106,7 +106,8 @@ def run_main(words: list[str]) -> Outcome:
     code = 0
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(stderr):
         patch.setattr(sys, "argv", ["main.py", *words])
-        patch.setattr(logger, "level", logging.INFO)
+        level = logger.level
+        logger.setLevel(logging.INFO)  # also forgets which loggers were silent
         logger.addHandler(handler)
         try:
             run_script(main.main)
@@ -114,6 +115,7 @@ def run_main(words: list[str]) -> Outcome:
             code = int(stop.code or 0)
         finally:
             logger.removeHandler(handler)
+            logger.setLevel(level)
     return Outcome(code, stderr.getvalue(), log.getvalue())
 
 
