@@ -17,8 +17,8 @@ SCRIPT = Path(__file__).parent.parent / "create" / "train_tiny_models.py"
 SMALL = {
     "glm": {"hidden": 32, "layers": 1, "steps": 60, "batch_size": 8, "n_measured": 8},
     "diffusion": {
-        "side": 16, "pool": 24, "vae_width": 8, "latent_channels": 2, "widths": [8, 16], "batch_size": 8,
-        "vae_steps": 60, "steps": 60, "n_measured": 4,
+        "side": 16, "pool": 24, "vae_widths": [8, 16], "vae_batch_size": 8, "latent_channels": 2,
+        "widths": [8, 16], "batch_size": 8, "vae_steps": 60, "steps": 60, "n_measured": 4,
     },
     "reader": {"steps": 26, "pool": 64, "n_measured": 32},
 }  # fmt: skip

@@ -40,9 +40,8 @@ def reader(tmp_path_factory):
 
 
 def small_settings(**others):
-    return TinyDiffusionSettings(
-        **{**SMALL["diffusion"], "widths": tuple(SMALL["diffusion"]["widths"]), **others}
-    )
+    lists = {name: tuple(SMALL["diffusion"][name]) for name in ("widths", "vae_widths")}
+    return TinyDiffusionSettings(**{**SMALL["diffusion"], **lists, **others})
 
 
 def test_training_reduces_both_losses(trained):
@@ -80,7 +79,7 @@ def test_unfinished_pipeline_can_be_looked_at(trained):
 
     work = trained.with_name("diffusion.training")
     with Image.open(work / "preview.png") as sheet:
-        assert sheet.size == (8 * 48, 4 * 48)
+        assert sheet.size == (8 * 32, 4 * 32)
     AutoPipelineForText2Image.from_pretrained(work / "pipeline")
 
 
@@ -186,10 +185,10 @@ def test_autoencoder_loss_counts_edges():
     vae.decode = lambda _: type("Output", (), {"sample": decoded})
     decoded = torch.full_like(images, 0.5)
     flat = vae_loss(vae, images, 0.0, torch.Generator())
-    assert float(flat) == pytest.approx(0.5)
+    assert float(flat) == pytest.approx(0.5 + 5 * 0.25)
     decoded[..., ::2] = -0.5
     striped = vae_loss(vae, images, 0.0, torch.Generator())
-    assert float(striped) == pytest.approx(0.5 + 1.0)
+    assert float(striped) == pytest.approx(0.5 + 5 * 0.25 + 1.0)
     assert vae_loss(vae, images, 1.0, torch.Generator()) > striped
 
 
@@ -204,8 +203,8 @@ def test_average_follows_the_model():
     ("flags", "parts"),
     [
         ({"side": 18}, ["--side", "multiple of 4"]),
-        ({"widths": [12]}, ["--widths", "multiple of 8"]),
-        ({"vae_width": 12}, ["--vae_width", "multiple of 8"]),
+        ({"widths": [12]}, ["--widths", "multiples of 8"]),
+        ({"vae_widths": [12]}, ["--vae_widths", "multiples of 8"]),
         ({"steps": 0}, ["--steps", "above 0"]),
         ({"no_caption": 1.0}, ["--no_caption", "[0, 1)"]),
         ({"ema": 1.0}, ["--ema"]),

@@ -47,14 +47,17 @@ class TinyDiffusionSettings:
 
     dataset_name: str = option("garden", "whose captioned training images are learnt, of all classes")
     data_path: str | None = option(None, "folder of the data set; None: data/<name>")
-    side: int = option(32, "of the images, px; a multiple of 8")
+    side: int = option(64, "of the images, px")
     pool: int = option(20_000, "drawn flowers (garden)")
-    vae_width: int = option(32, "channels of the autoencoder at full size; half size has twice as many")
-    vae_steps: int = option(4000, "optimiser steps of the autoencoder")
+    vae_widths: tuple[int, ...] = option(
+        (16, 32, 48), "channels of the autoencoder, from full size down to the latents'; each halves the side"
+    )
+    vae_steps: int = option(10_000, "optimiser steps of the autoencoder")
+    vae_batch_size: int = option(8, "images per step of it")
     vae_lr: float = option(2e-3, "its highest learning rate")
-    kl_weight: float = option(1e-4, "how strongly the latents are drawn to a normal distribution")
-    latent_channels: int = option(4, "channels of the latents, which have half the side of the images")
-    widths: tuple[int, ...] = option((32, 64, 96), "channels of the denoiser, from half size downwards")
+    kl_weight: float = option(1e-5, "how strongly the latents are drawn to a normal distribution")
+    latent_channels: int = option(8, "channels of the latents")
+    widths: tuple[int, ...] = option((32, 64, 96), "channels of the denoiser, from the latents' size down")
     steps: int = option(12_000, "optimiser steps of text encoder and denoiser")
     batch_size: int = option(48, "images per step")
     lr: float = option(1.5e-3, "their highest learning rate")
@@ -76,7 +79,7 @@ def train_diffusion(settings: TinyDiffusionSettings, output: OutputSettings) -> 
     data = fingerprint([pool.captions, pool.images.float().mean((1, 2, 3)).tolist()])
     kept = {k: v for k, v in to_json(settings).items() if k not in ("data_path", "reader", "n_measured")}
     identity = {"title": f"Tiny Stable Diffusion of {spec.title}", **kept, "data": data}
-    identity["widths"] = list(settings.widths)
+    identity |= {name: list(identity[name]) for name in ("widths", "vae_widths")}  # as JSON has them
 
     def train(journal: Journal, folder: Path) -> dict[str, Any]:
         pipe = fit(pool, settings, journal)
@@ -93,13 +96,13 @@ def train_diffusion(settings: TinyDiffusionSettings, output: OutputSettings) -> 
 def check_settings(settings: TinyDiffusionSettings) -> None:
     """Raises UserError naming the first flag that makes no sense."""
     s = settings
-    check_positive(s, "pool", "vae_width", "vae_steps", "vae_lr", "latent_channels", "steps", "batch_size")
-    check_positive(s, "lr", "side", "n_measured")
-    levels = 2 ** len(s.widths)
+    check_positive(s, "pool", "vae_steps", "vae_batch_size", "vae_lr", "latent_channels", "steps")
+    check_positive(s, "batch_size", "lr", "side", "n_measured")
+    smallest = 2 ** (len(s.widths) + len(s.vae_widths) - 2)
     wrong = {
-        f"--side must be a multiple of {levels}, for {len(s.widths)} --widths": s.side % levels,
-        "--widths must be at least one multiple of 8": not s.widths or any(w < 8 or w % 8 for w in s.widths),
-        "--vae_width must be a multiple of 8": s.vae_width % 8,
+        "--widths must be multiples of 8": not s.widths or any(w < 8 or w % 8 for w in s.widths),
+        "--vae_widths must be multiples of 8": not s.vae_widths or any(w < 8 or w % 8 for w in s.vae_widths),
+        f"--side must be a multiple of {smallest}, with as many --widths and --vae_widths": s.side % smallest,
         "--kl_weight must be at least 0": s.kl_weight < 0,
         "--no_caption must lie in [0, 1)": not 0 <= s.no_caption < 1,
         "--ema must lie in [0, 1)": not 0 <= s.ema < 1,
@@ -140,9 +143,9 @@ def build_denoiser(settings: TinyDiffusionSettings, tokenizer: Any) -> nn.Module
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    n = len(settings.widths) - 1
+    n, side = len(settings.widths) - 1, settings.side // 2 ** (len(settings.vae_widths) - 1)
     unet: Any = UNet2DConditionModel(
-        sample_size=settings.side // 2, block_out_channels=settings.widths, layers_per_block=1,
+        sample_size=side, block_out_channels=settings.widths, layers_per_block=1,
         in_channels=settings.latent_channels, out_channels=settings.latent_channels, norm_num_groups=8,
         down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * n,
         up_block_types=("CrossAttnUpBlock2D",) * n + ("UpBlock2D",),
@@ -206,7 +209,7 @@ class Batches:
         self.latents, factor = encode_images(vae, pool.images)
         self.facts = {
             "scaling_factor": factor,
-            "autoencoder PSNR, dB": reconstruction(vae, pool.images[:500]),
+            "autoencoder PSNR, dB": reconstruction(vae, pool.images[:200]),
         }
         self.captions = [tokenize(tokenizer, captions) for captions in pool.captions]
         self.empty = tokenize(tokenizer, [""])[0]
@@ -278,7 +281,7 @@ def preview(pipe: Any, pool: CaptionedImages, folder: Path) -> None:
     os.replace(fresh, place)
     across, down = SHEET
     pictures = draw(pipe, [captions[0] for captions in pool.captions[: across * down]], seed=0)
-    side = 3 * pictures[0].width
+    side = 2 * pictures[0].width
     sheet = Image.new("RGB", (across * side, down * side))
     for k, picture in enumerate(pictures):
         sheet.paste(

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import platform
 import shlex
 import shutil
 import sys
@@ -155,15 +156,18 @@ def _publish(fresh: Path, out: Path, record: dict[str, Any]) -> None:
 def _circumstances(journal: Journal) -> dict[str, Any]:
     phases = dict.fromkeys(row["phase"] for row in journal.rows)
     return {
-        "command": shlex.join(["python", *_relative(sys.argv)]),
+        "command": shlex.join(["python", *_without_places(sys.argv)]),
         "minutes": {phase: round(journal.seconds(phase) / 60, 1) for phase in phases},
-        "machine": machine(),
+        "machine": {**machine(), "system": platform.system()},  # published: no word of whose machine it was
     }
 
 
-def _relative(words: list[str]) -> list[str]:
-    """Arguments without the folder of this checkout."""
-    return [os.path.relpath(word) if os.path.isabs(word) and i == 0 else word for i, word in enumerate(words)]
+def _without_places(words: list[str]) -> list[str]:
+    """A command without the folders of this machine: the unfinished training's, those above the others."""
+    kept = [w for i, w in enumerate(words) if w != "--work" and words[max(0, i - 1)] != "--work"]
+    return [
+        os.path.relpath(w) if i == 0 else Path(w).name if os.path.isabs(w) else w for i, w in enumerate(kept)
+    ]
 
 
 def _card(record: dict[str, Any]) -> str:
