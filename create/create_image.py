@@ -5,7 +5,7 @@ accelerate launch create/create_image.py ...       # splits the work over GPUs o
 """
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,27 +14,12 @@ import torch
 from kka.anomalies import live, read_items
 from kka.datasets import get_spec
 from kka.datasets.layout import DataSetSpec
-from kka.draw import Drawn, describe_failures, draw_captions, finish, read_captions
+from kka.draw import Drawn, ImageSettings, describe_failures, draw_captions, finish, read_captions
 from kka.drawers import DrawerSettings, build_drawer
 from kka.errors import UserError, run_script
-from kka.settings import build_parser, make_settings, option
+from kka.settings import build_parser, make_settings
 
 log = logging.getLogger("create_image")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Captions and anomaly folder."""
-
-    captions: str | None = option(
-        None, "captions.jsonl of create/use_glm4.py, or text with one caption per line"
-    )
-    dataset_name: str = option(
-        "flower", "data set whose anomalies they are; decides style and caption format"
-    )
-    out: str | None = option(None, "anomaly folder to write, e.g. <data_path>/0")
-    batch_size: int = option(8, "images drawn at once; halved when the GPU's memory is full")
-    seed: int = option(0, "seed of the images")
 
 
 def main() -> None:
@@ -42,10 +27,10 @@ def main() -> None:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # it says a line for every request
     parser = build_parser(
-        "Draw captions into an anomaly folder; run again to continue.", Settings, DrawerSettings
+        "Draw captions into an anomaly folder; run again to continue.", ImageSettings, DrawerSettings
     )
     flags = vars(parser.parse_args())
-    settings, drawer_settings = make_settings(Settings, flags), make_settings(DrawerSettings, flags)
+    settings, drawer_settings = make_settings(ImageSettings, flags), make_settings(DrawerSettings, flags)
     if not settings.captions or not settings.out:
         raise UserError("--captions FILE and --out DIR are needed; see --help")
     if settings.batch_size < 1 or settings.seed < 0:
@@ -53,7 +38,7 @@ def main() -> None:
     draw(settings, drawer_settings, get_spec(settings.dataset_name), Path(settings.out))
 
 
-def draw(settings: Settings, drawer_settings: DrawerSettings, spec: DataSetSpec, out: Path) -> None:
+def draw(settings: ImageSettings, drawer_settings: DrawerSettings, spec: DataSetSpec, out: Path) -> None:
     """Draw this process's part; the first process merges them."""
     from accelerate import PartialState
 
@@ -68,7 +53,8 @@ def draw(settings: Settings, drawer_settings: DrawerSettings, spec: DataSetSpec,
             raise UserError(
                 "--backend bank gives each image once and so runs in one process; leave accelerate out"
             )
-    drawer = build_drawer(drawer_settings, spec, used=[item.source or "" for item in read_items(out)])
+    taken = [item.source or "" for folder in (out, *settings.used) for item in read_items(Path(folder))]
+    drawer = build_drawer(drawer_settings, spec, used=taken)
     drawn = draw_captions(drawer, records, out, spec, settings.seed, settings.batch_size, shard)
     state.wait_for_everyone()
     if state.is_main_process:

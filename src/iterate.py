@@ -53,7 +53,7 @@ def main() -> None:
     with opened(loop):
         rows = run_kka(loop)
         print(report_loop(loop, rows))
-    print(f"everything is in {loop.folder}")
+    print(f"captions, images, detectors, table.md and loop.png are in {loop.folder}")
 
 
 if __name__ == "__main__":

@@ -57,16 +57,21 @@ def test_readme_names_every_kind_of_command():
     assert README.index("make demo") < README.index("make test") < README.index("python src")
 
 
-def test_demo_makes_both_runs_and_a_picture(small_garden, tmp_path, monkeypatch, capsys):
+def test_demo_runs_the_loop(small_garden, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    flags = {"--data_path": small_garden, "--out": out, "--n_anomalies": 4, "--n_epochs": 1}
-    monkeypatch.setattr(garden, "make_garden", lambda root: None)  # it has been drawn with fewer pictures
-    monkeypatch.setattr(sys, "argv", ["demo.py", *(str(word) for pair in flags.items() for word in pair)])
+    flags = {
+        "data_path": small_garden, "xp_path": out, "rounds": 1, "n_initial": 12, "n_fresh": 4, "n_untuned": 3,
+        "n_evaluators": 1, "n_epochs": 2, "batch_size": 8, "tune_max_steps": 2, "tune_warmup_steps": 1,
+        "pairs_min_pairs": 1, "split": "own",
+    }  # fmt: skip
+    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    monkeypatch.setattr(sys, "argv", ["demo.py", *words])
     demo.main()
     printed = capsys.readouterr().out
-    for n in (0, 4):
-        auc = json.loads((out / f"anomalies_{n}" / "results.json").read_text())["test_auc"]
-        assert re.search(rf"{n} generated anomalies .*stand-in.*: {100 * auc:.2f} %", printed)
-    with Image.open(out / "demo.png") as picture:
+    assert "| KKA(1) |" in printed
+    assert (out / "table.md").read_text() in printed
+    rows = json.loads((out / "results.json").read_text())["rounds"]
+    assert [row["captions"] for row in rows] == [12, 4]
+    with Image.open(out / "loop.png") as picture:
         assert picture.width > 600
         assert len(picture.convert("RGB").getcolors(10**6)) > 1000

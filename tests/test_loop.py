@@ -1,11 +1,15 @@
 """Algorithm 1 on the garden with real libraries: a tiny random LLM, the garden as drawer, short trainings."""
 
+import contextlib
 import json
 import os
+import runpy
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -36,8 +40,8 @@ def world(tmp_path_factory):
 def command(world, folder, **flags):
     small = {
         "dataset_name": "garden", "data_path": world / "garden", "xp_path": folder, "rounds": 2,
-        "mode": "add",
-        "n_initial": 10, "n_fresh": 6, "per_round": 2, "n_epochs": 12, "lr": 1e-3, "pretrain": False,
+        "mode": "add", "n_initial": 10, "n_fresh": 6, "n_untuned": 3, "n_evaluators": 2, "per_round": 2,
+        "n_epochs": 12, "lr": 1e-3, "pretrain": False,
         "batch_size": 8, "device": "cpu", "llm_model": world / "llm", "llm_device": "cpu",
         "drawer_backend": "garden", "tune_device": "cpu", "tune_max_steps": 2, "tune_warmup_steps": 1,
         "pairs_min_pairs": 1,
@@ -86,6 +90,49 @@ def test_table_and_sets(finished):
         assert {record["round"] for record in records} == {k}
 
 
+def test_commands_by_hand_make_the_same_files(world, finished, tmp_path, monkeypatch):
+    folder, done = finished
+    lines = [line.partition(": ")[2] for line in done.stderr.splitlines() if line.startswith("by hand: ")]
+    scripts = Counter(line.split()[1] for line in lines)
+    assert set(scripts) == {
+        "src/main.py", "create/use_glm4.py", "create/create_image.py", "create/update_anomalies.py",
+        "dpo/dpo_train.py",
+    }  # fmt: skip
+    other = tmp_path / "hand"
+    for line in lines:
+        script, *words = shlex.split(line.replace(str(folder), str(other)))[1:]
+        monkeypatch.setattr(sys, "argv", [script, *words])
+        with contextlib.suppress(SystemExit):  # create_image ends itself
+            runpy.run_path(str(ITERATE.parent.parent / script), run_name="__main__")
+    for path in folder.rglob("adapter_model.safetensors"):
+        if "checkpoint" not in str(path):
+            assert (other / path.relative_to(folder)).read_bytes() == path.read_bytes()
+    for name in ("none", "round_0/detector", "round_1/detector_seed_1", "round_2/detector"):
+        aucs = [
+            json.loads((root / name / "results.json").read_text())["test_auc"] for root in (folder, other)
+        ]
+        assert aucs[0] == aucs[1]
+    for name in ("untuned/fresh", "round_0/0", "round_1/fresh", "round_1/0", "round_2/0"):
+        assert len(live(read_items(folder / name))) > 0
+        assert items_of(other / name) == items_of(folder / name)
+
+
+def items_of(folder):
+    """What an anomaly set is, without the judgement of its last evaluator."""
+    return [(i.file, i.sha256, i.caption, i.round, i.replaced) for i in read_items(folder)]
+
+
+def test_untuned_images_are_judged_and_never_trained_on(finished):
+    folder, _ = finished
+    fresh = {item.sha256 for item in read_items(folder / "untuned" / "fresh")}
+    assert len(fresh) == 3
+    for k in range(3):
+        assert not fresh & {item.sha256 for item in read_items(folder / f"round_{k}" / "0")}
+    rows, _ = snapshot(folder)
+    assert [row["hard_untuned"] is None for row in rows["rounds"]] == [True, False, False]
+    assert all(len(row["test_aucs"]) == 2 for row in rows["rounds"])
+
+
 def test_no_caption_comes_twice(finished):
     folder, _ = finished
     for k in range(3):
@@ -129,6 +176,8 @@ def test_finished_loop_of_other_settings_is_refused(world, finished):
         ({"llm_backend": "openai"}, "--rounds 0"),
         ({"llm_model": "/nowhere/glm"}, "/nowhere/glm"),
         ({"n_clusters": 99}, "--n_clusters"),
+        ({"n_evaluators": 0}, "--n_evaluators"),
+        ({"threshold_quantile": 1.5}, "--threshold_quantile"),
     ],
 )
 def test_bad_input_is_one_sentence(world, tmp_path, monkeypatch, capsys, flags, part):

@@ -12,6 +12,8 @@ def run_kka(loop: Loop) -> list[dict[str, Any]]:
     loop.draw(0)  # 3: their images, Eq. (4)
     loop.build(0)  # 4: the anomaly set
     rows = [loop.detect(0)]  # 5a, 5b: confusion evaluator, hard and easy anomalies, Eq. (5)-(6)
+    if loop.n_rounds:
+        loop.compare(examples)  # what the LLM gives untuned, for the table
     for k in range(1, loop.n_rounds + 1):
         loop.tune(k)  # 5c: the LLM prefers hard ones, Eq. (7)
         loop.describe(k, examples)  # 5d: new captions by the tuned LLM

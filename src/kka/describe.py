@@ -23,6 +23,7 @@ from kka.clean import Cleaner, SimilarTexts
 from kka.datasets import garden, get_spec, sources
 from kka.datasets.layout import DataSetSpec, Images
 from kka.datasets.task import Choice, read_task
+from kka.draw import read_captions
 from kka.errors import UserError
 from kka.files import write_bytes
 from kka.language_models import LanguageModel, LanguageModelSettings, load_language_model
@@ -46,7 +47,11 @@ class CaptionSettings:
     out: str = option("captions.jsonl", "file of captions; what it holds is kept, and goes on from there")
     text: str | None = option(None, "also write them here, one per line (the official flower.txt)")
     examples: tuple[str, ...] = option((), "captions to show the LLM; none: of random normal training images")
+    run: str | None = option(
+        None, "run folder of a detector whose features choose representative ones instead, Eq. (1)-(2)"
+    )
     n_examples: int | None = option(None, "how many of those; None: one for each normal folder")
+    known: tuple[str, ...] = option((), "captions.jsonl of other rounds, whose captions are not repeated")
     keep_normal_captions: bool = option(False, "keep captions that describe the normal class")
     ask: int = option(16, "answers per request to the LLM")
     seed: int = option(0, "of the choice of examples and of sampling")
@@ -173,45 +178,58 @@ def _request(model: LanguageModel, prompt: str, ask: int, seed: int, path: Path)
     return {"prompt": prompt, "answers": answers, "failures": dict(model.failures - before)}
 
 
-def write_captions(
-    settings: CaptionSettings,
-    model_settings: LanguageModelSettings,
-    choose: Callable[[Sequence[Sequence[str]], int, int], list[str]] | None = None,
-) -> Described:
+def write_captions(settings: CaptionSettings, model_settings: LanguageModelSettings) -> Described:
     """create/use_glm4.py: captions of anomalies for a data set.
 
-    `choose(captions of each normal image, n, seed)` picks the examples; `choose_examples` by default.
     Raises UserError for bad input, and if there are fewer captions than wanted once they are written.
     """
+    described = ask_for_captions(settings, model_settings)
+    if settings.text is not None:
+        write_bytes(Path(settings.text), "".join(f"{line}\n" for line in described.captions).encode())
+    found, reasons = len(described.captions), described.reasons()
+    log.info("%d captions in %s; %d requests; rejected: %s", found, settings.out, described.requests, reasons)
+    if found < settings.n:
+        raise UserError(
+            f"only {found} of {settings.n} captions are in {settings.out}: {PATIENCE} requests in a row gave "
+            f"no new one (rejected: {reasons}); raise --temperature, leave out --greedy, or "
+            "give other --examples"
+        )
+    return described
+
+
+def ask_for_captions(settings: CaptionSettings, model_settings: LanguageModelSettings) -> Described:
+    """Captions in `settings.out`, fewer than wanted if the LLM has no more. Raises UserError."""
     check_settings(settings)
-    spec, path = get_spec(settings.dataset_name), Path(settings.out)
+    spec = get_spec(settings.dataset_name)
     normals = read_normals(settings, spec)
-    n_examples = settings.n_examples or max(1, len(set(normals.classes)))
-    examples = settings.examples or (choose or choose_examples)(normals.captions, n_examples, settings.seed)
+    examples = settings.examples or find_examples(settings, normals)
     prompt = generation_prompt(spec, examples)
     log.info("%s", prompt)
     is_normal = normal_test(spec, normals, settings.normal_class or spec.normal_classes)
-    described = describe(
+    known = [record["caption"] for path in settings.known for record in read_captions(Path(path))]
+    return describe(
         load_language_model(model_settings),
         prompt,
         examples,
         settings.n,
         settings.seed,
-        path,
+        Path(settings.out),
         round=settings.round,
         is_normal=None if settings.keep_normal_captions else is_normal,
+        known=known,
         ask=settings.ask,
     )
-    if settings.text is not None:
-        write_bytes(Path(settings.text), "".join(f"{line}\n" for line in described.captions).encode())
-    found, reasons = len(described.captions), described.reasons()
-    log.info("%d captions in %s; %d requests; rejected: %s", found, path, described.requests, reasons)
-    if found < settings.n:
-        raise UserError(
-            f"only {found} of {settings.n} captions are in {path}: {PATIENCE} requests in a row gave no new "
-            f"one (rejected: {reasons}); raise --temperature, leave out --greedy, or give other --examples"
-        )
-    return described
+
+
+def find_examples(settings: CaptionSettings, normals: Images) -> list[str]:
+    """Captions of representative normal images (Eq. 1-2) with --run, of random ones without."""
+    n = settings.n_examples or max(1, len(set(normals.classes)))
+    if settings.run is None:
+        return choose_examples(normals.captions, n, settings.seed)
+    from kka.represent import representatives
+
+    chosen = representatives(Path(settings.run), normals, n, settings.seed)
+    return choose_examples([normals.captions[i] for i in chosen], n, settings.seed)
 
 
 def check_settings(settings: CaptionSettings) -> None:

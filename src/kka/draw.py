@@ -37,11 +37,28 @@ from kka.files import sha256, write_bytes
 from kka.prompts import prompt_digest
 from kka.runs import compare
 from kka.seeds import derive_seed
+from kka.settings import option
 
 log = logging.getLogger(__name__)
 
 # What a record of captions.jsonl says beside the caption, and its value for captions written by hand.
 PROVENANCE: dict[str, Any] = {"prompt_sha256": None, "examples": [], "llm": None, "adapter": None, "round": 0}
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """Captions and anomaly folder."""
+
+    captions: str | None = option(
+        None, "captions.jsonl of create/use_glm4.py, or text with one caption per line"
+    )
+    dataset_name: str = option(
+        "flower", "data set whose anomalies they are; decides style and caption format"
+    )
+    out: str | None = option(None, "anomaly folder to write, e.g. <data_path>/0")
+    used: tuple[str, ...] = option((), "anomaly folders whose images of the bank are not taken again")
+    batch_size: int = option(8, "images drawn at once; halved when the GPU's memory is full")
+    seed: int = option(0, "seed of the images")
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,6 @@ def run_experiment(settings: ExperimentSettings, detector: DeepSADSettings) -> l
     device = find_device(settings.device, settings.strict_device)
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
-    torch.set_flush_denormal(True)  # denormal numbers slow a CPU many times
     root = data_root(spec, settings.data_path)
     first = secrets.randbelow(2**31) if settings.seed == -1 else settings.seed
     seeds = [replace(settings, seed=first + k) for k in range(settings.runs)]

@@ -1,10 +1,12 @@
 """The steps of Algorithm 1 on files: every step is what one of the scripts does, and none is done twice.
 
-A killed loop that is started again skips what is finished and continues inside the step that was not.
+A killed loop that is started again skips what is finished and continues inside the step that was not. Each
+step says the command that does the same by hand.
 """
 
 import gc
 import logging
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,32 +15,28 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from kka.anomalies import MODES, PER_ROUND, live, read_items, record_split, update
-from kka.datasets.images import content_digest, decode
+from kka.anomalies import MODES, PER_ROUND, read_items, record_split
 from kka.datasets.layout import NAME_LIST, DataSetSpec, Images
-from kka.datasets.task import Choice, read_anomalies, read_task
-from kka.describe import choose_examples, describe, normal_test
+from kka.datasets.task import Choice, read_task
+from kka.describe import CaptionSettings, ask_for_captions, choose_examples, find_examples
 from kka.detectors.deep_sad import DeepSADSettings
-from kka.draw import draw_captions, read_captions
+from kka.draw import ImageSettings, draw_captions, read_captions
 from kka.drawers import DrawerSettings, build_drawer
 from kka.errors import UserError
 from kka.files import read_json, write_json
-from kka.language_models import LanguageModelSettings, load_language_model
+from kka.judge import UpdateSettings, hard_share, judge_folder, read_split, update_anomalies
+from kka.language_models import DEFAULT_MODEL, LanguageModelSettings
 from kka.options import ExperimentSettings
 from kka.pairs import NothingToPreferError, PairSettings, build_pairs
 from kka.preference_trainer import TuneSettings
-from kka.prompts import generation_prompt
-from kka.represent import select_representatives
-from kka.results import Scored
-from kka.run import Run, load_detector
+from kka.run import Run
 from kka.seeds import derive_seed
-from kka.settings import option
-from kka.split import easy_anomalies, hard_anomalies
+from kka.settings import option, to_flags
 from kka.tune import tune
 
+CAPTIONS = "captions.jsonl"
 TUNED = Path("tuning") / "results.json"  # in the folder of a finished adapter
 
 log = logging.getLogger(__name__)
@@ -63,7 +61,15 @@ class LoopSettings:
         "representatives", "captions shown to the LLM: of Eq. (2), or random", ("representatives", "random")
     )
     n_clusters: int | None = option(None, "K of Eq. (2); None: number of normal folders")
+    n_untuned: int = option(
+        100, "captions by the untuned LLM, drawn and judged in each round for comparison, never trained on"
+    )
     split: str = option("crossfit", "who judges the set in Eq. (6), see main.py", ("own", "crossfit"))
+    threshold_quantile: float = option(1.0, "of the normal scores, for Eq. (6); 1 is their maximum")
+    n_evaluators: int = option(
+        3,
+        "detectors trained on each set, seeds from --seed on; the first judges, all count in the table",
+    )
     draw_batch: int = option(8, "images drawn at once")
     seed: int = option(0, "of every random draw")
     device: str = option("cuda", "of the detector; without a GPU the CPU is taken")
@@ -71,7 +77,7 @@ class LoopSettings:
 
 @dataclass(frozen=True)
 class Loop:
-    """One run of Algorithm 1 in a folder with none/ and round_<k>/."""
+    """One run of Algorithm 1 in a folder with none/, untuned/ and round_<k>/."""
 
     folder: Path
     root: Path
@@ -102,131 +108,155 @@ class Loop:
 
     def represent(self) -> list[str]:
         """Eq. (1)-(2) on features of a detector without anomalies, whose AUC is the table's first row."""
-        self._train("none", None)
+        with self._timed(self.folder, "detect"):
+            aucs = self._train(self.folder / "none", None)
+        write_json(self.folder / "none.json", aucs)
         n = self.settings.n_clusters or len(set(self.normals.classes))
         if self.settings.examples == "random":
             return choose_examples(self.normals.captions, n, self.settings.seed)
-        detector = load_detector(self.folder / "none", self.device)
-        paths = self.normals.paths
-        images = decode(paths, content_digest(paths), 0, detector.image_size, name="normal images").resized
-        chosen = select_representatives(detector.embed(images).numpy(), n, self.settings.seed)
-        return choose_examples([self.normals.captions[i] for i in chosen], n, self.settings.seed)
+        run = str(self.folder / "none")
+        chosen = CaptionSettings(run=run, n_examples=n, seed=self.settings.seed)
+        return find_examples(chosen, self.normals)
 
     def describe(self, k: int, examples: list[str]) -> None:
         """Eq. (3): captions.jsonl of round k, by the LLM as tuned for it."""
-        report = self.place(k, "described.json")
+        n = self.settings.n_fresh if k else self._n_initial
+        known = [str(self.place(j, CAPTIONS)) for j in range(k)]
+        self._describe(self.place(k, ""), k, n, examples, known, self._adapter(k))
+
+    def compare(self, examples: list[str]) -> None:
+        """Captions and images by the untuned LLM that no detector is trained on, to judge in every round."""
+        out = self.folder / "untuned"
+        known = [str(self.place(0, CAPTIONS))]
+        self._describe(out, 0, self.settings.n_untuned, examples, known, None)
+        self._draw(out, out / "fresh", [self.place(0, "0")])
+
+    def _describe(
+        self, folder: Path, k: int, n: int, examples: list[str], known: list[str], adapter: Path | None
+    ) -> None:
+        report, s = folder / "described.json", self.settings
         if report.exists():
             return
-        adapter = self._adapter(k)
-        n = self._n_captions(k)
-        classes = self.settings.normal_class or self.spec.normal_classes
-        with self._timed(k, "describe"):
-            model = load_language_model(
-                replace(self.llm, adapter=str(adapter) if adapter else self.llm.adapter)
-            )
-            described = describe(
-                model,
-                generation_prompt(self.spec, examples),
-                examples,
-                n,
-                derive_seed(self.settings.seed, "captions") % 2**31,
-                self.place(k, "captions.jsonl"),
-                round=k,
-                is_normal=normal_test(self.spec, self.normals, classes),
-            )
-            del model
+        asked = CaptionSettings(
+            dataset_name=self.spec.name, data_path=str(self.root), normal_class=s.normal_class, n=n,
+            out=str(folder / CAPTIONS), examples=tuple(examples), known=tuple(known), round=k,
+            seed=derive_seed(s.seed, "captions", folder.name) % 2**31,
+        )  # fmt: skip
+        llm = replace(self.llm, adapter=str(adapter) if adapter else self.llm.adapter)
+        with self._timed(folder, "describe", "create/use_glm4.py", asked, llm):
+            described = ask_for_captions(asked, llm)
             _free_memory()
         if not described.captions:
-            raise UserError(f"round {k}: the LLM gave no usable caption (rejected: {described.reasons()})")
+            raise UserError(f"{folder}: the LLM gave no usable caption (rejected: {described.reasons()})")
         if len(described.captions) < n:
-            log.warning("round %d: only %d of %d captions", k, len(described.captions), n)
+            log.warning("%s: only %d of %d captions", folder, len(described.captions), n)
         write_json(report, {"captions": len(described.captions), "rejected": dict(described.rejected)})
 
-    def _n_captions(self, k: int) -> int:
-        if k:
-            return self.settings.n_fresh
+    @property
+    def _n_initial(self) -> int:
         return self.settings.n_initial or (1000 if self.spec.name == "cifar100" else 200)
 
     def draw(self, k: int) -> None:
         """Eq. (4): fresh/ of round k, or the set itself in round 0."""
-        out = self.place(k, "fresh" if k else "0")
+        earlier = [self.folder / "untuned" / "fresh"] if k else []
+        earlier += [self.place(j, "fresh" if j else "0") for j in range(k)]
+        self._draw(self.place(k, ""), self.place(k, "fresh" if k else "0"), earlier)
+
+    def _draw(self, folder: Path, out: Path, earlier: list[Path]) -> None:
+        """Draw a folder's captions; the bank gives no image of the earlier folders again."""
         if (out / NAME_LIST["train"]).exists():
             return
-        with self._timed(k, "draw"):
-            drawer = build_drawer(self.drawer, self.spec, used=self._used_sources(k))
-            records = read_captions(self.place(k, "captions.jsonl"))
-            draw_captions(drawer, records, out, self.spec, self.settings.seed, self.settings.draw_batch)
+        drawn = ImageSettings(
+            captions=str(folder / CAPTIONS), dataset_name=self.spec.name, out=str(out),
+            used=tuple(map(str, earlier)) if self.drawer.backend == "bank" else (),
+            batch_size=self.settings.draw_batch, seed=self.settings.seed,
+        )  # fmt: skip
+        with self._timed(folder, "draw", "create/create_image.py", drawn, self.drawer):
+            used = [item.source for place in (out, *earlier) for item in read_items(place) if item.source]
+            drawer = build_drawer(self.drawer, self.spec, used)
+            records = read_captions(folder / CAPTIONS)
+            draw_captions(drawer, records, out, self.spec, drawn.seed, drawn.batch_size)
             del drawer
             _free_memory()
 
-    def _used_sources(self, k: int) -> list[str]:
-        """Images of the bank that were taken up to round k, each of which is given once."""
-        folders = [self.place(j, "fresh" if j else "0") for j in range(k + 1)]
-        return [item.source for folder in folders for item in read_items(folder) if item.source]
-
     def build(self, k: int) -> None:
-        """Eq. (8): the anomaly set 0/ of round k; in round 0 all that was drawn."""
-        if k == 0 or (self.place(k, "0") / NAME_LIST["train"]).exists():
+        """Eq. (8): the anomaly set 0/ of round k; in round 0 all that was drawn.
+
+        Fresh images, and those of the untuned LLM, are judged by the evaluator of the round before, which
+        has seen neither.
+        """
+        report, s = self.place(k, "judged.json"), self.settings
+        if k == 0 or report.exists():
             return
-        fresh = self.place(k, "fresh")
-        # Fresh images are judged by the evaluator of the round before, which has not seen them.
-        judge_folder(self.place(k - 1, "detector"), fresh, self.spec, self.device)
-        rng = np.random.default_rng(derive_seed(self.settings.seed, "update", k))
-        s = self.settings
-        update(self.place(k - 1, "0"), fresh, self.place(k, "0"), self.spec, s.mode, k, rng, s.per_round)
+        run = self.place(k - 1, "detector")
+        updating = UpdateSettings(
+            dataset_name=self.spec.name, run=str(run), anomaly_path=str(self.place(k - 1, "0")),
+            fresh=str(self.place(k, "fresh")), out=str(self.place(k, "0")), mode=s.mode,
+            per_round=s.per_round, round=k, seed=s.seed, device=str(self.device),
+        )  # fmt: skip
+        with self._timed(self.place(k, ""), "build", "create/update_anomalies.py", updating):
+            share = update_anomalies(updating)[1]
+            untuned = judge_folder(run, self.folder / "untuned" / "fresh", self.spec, self.device)
+        write_json(report, {"hard": share, "hard_untuned": untuned})
 
     def detect(self, k: int) -> dict[str, Any]:
-        """Eq. (5)-(6): the detector of round k, its test, the split of the set. Returns the table's row."""
-        with self._timed(k, "detect"):
-            results = self._train(f"round_{k}/detector", self.place(k, "0"))
-        record_split(self.place(k, "0"), read_split(self.place(k, "detector")))
-        fresh = live(read_items(self.place(k, "fresh" if k else "0")))
-        tuned = self.place(k, "adapter") / TUNED
+        """Eq. (5)-(6): detectors of round k, their test, the split of the set. Returns a row of the table."""
+        anomalies, run = self.place(k, "0"), self.place(k, "detector")
+        with self._timed(self.place(k, ""), "detect"):
+            aucs = self._train(run, anomalies)
+        split = read_split(run)
+        record_split(anomalies, split)
+        tuned, judged = self.place(k, "adapter") / TUNED, self.place(k, "judged.json")
         return {
             "round": k,
             "captions": read_json(self.place(k, "described.json"))["captions"],
-            "hard": sum(item.status == "hard" for item in fresh) / len(fresh),
-            "size": results["n_generated"],
+            "hard": hard_share(anomalies),
+            "hard_untuned": None,
+            **(read_json(judged) if k else {}),
+            "size": len(split.index),
             "margin": read_json(tuned).get("margin_after") if tuned.exists() else None,
-            "test_auc": results["test_auc"],
+            "test_aucs": aucs,
             "seconds": read_json(self.place(k, "times.json")),
         }
 
-    def _train(self, name: str, anomalies: Path | None) -> dict[str, Any]:
+    def _train(self, run: Path, anomalies: Path | None) -> list[float | None]:
+        """Train a set's detectors, of which only the first is judge and splits; test AUC of each."""
         s = self.settings
-        settings = ExperimentSettings(
-            dataset_name=self.spec.name,
-            data_path=str(self.root),
-            xp_path=str(self.folder / name),
-            normal_class=s.normal_class,
-            anomaly_path=str(anomalies) if anomalies else None,
-            n_anomalies=-1 if anomalies else 0,
-            split=s.split,
-            seed=s.seed,
-            device=str(self.device),
-        )
-        choice = Choice(
-            normal_classes=s.normal_class, anomaly_path=anomalies, n_anomalies=settings.n_anomalies
-        )
-        task = read_task(self.spec, self.root, choice)
-        return Run(settings, self.detector, self.spec, task, self.device, None).execute()
+        n_anomalies = -1 if anomalies else 0
+        choice = Choice(normal_classes=s.normal_class, anomaly_path=anomalies, n_anomalies=n_anomalies)
+        task, aucs = read_task(self.spec, self.root, choice), []
+        for i in range(s.n_evaluators):
+            seed = s.seed + i
+            settings = ExperimentSettings(
+                dataset_name=self.spec.name, data_path=str(self.root), normal_class=s.normal_class,
+                xp_path=str(run if i == 0 else run.with_name(f"{run.name}_seed_{seed}")),
+                anomaly_path=str(anomalies) if anomalies else None, n_anomalies=n_anomalies,
+                split=s.split if i == 0 else "own", threshold_quantile=s.threshold_quantile, seed=seed,
+                device=str(self.device),
+            )  # fmt: skip
+            self._say("src/main.py", settings, self.detector)
+            results = Run(settings, self.detector, self.spec, task, self.device, None).execute()
+            aucs.append(results["test_auc"])
+        return aucs
 
     def tune(self, k: int) -> None:
         """Eq. (7): the adapter of round k from the hard and easy anomalies of the round before.
 
         Where all are hard or all are easy there is nothing to prefer, and the LLM stays as it is.
         """
-        before, out = k - 1, self.place(k, "adapter")
+        out, run, anomalies = self.place(k, "adapter"), self.place(k - 1, "detector"), self.place(k - 1, "0")
         if (out / TUNED).exists():
             return
-        run, anomalies = self.place(before, "detector"), self.place(before, "0")
         try:
-            pairs = build_pairs(run, anomalies, self.pairs, self.settings.seed, spec=self.spec)
+            pairs = build_pairs(run, anomalies, self.pairs, self.tuning.seed, spec=self.spec)
         except NothingToPreferError as error:
             log.warning("round %d: not tuned: %s", k, error)
             return
-        with self._timed(k, "tune"):
-            tune(self._llm_name, pairs, out, self.tuning, self._adapter(before))
+        before = self._adapter(k - 1)
+        places = {"run": run, "anomaly_path": anomalies, "out": out, "adapter": before}
+        flags = {"model": self.llm_name, **{name: place for name, place in places.items() if place}}
+        with self._timed(self.place(k, ""), "tune", "dpo/dpo_train.py", self.pairs, self.tuning, **flags):
+            tune(self.llm_name, pairs, out, self.tuning, before)
             _free_memory()
 
     def _adapter(self, k: int) -> Path | None:
@@ -235,50 +265,30 @@ class Loop:
         return self.place(made[-1], "adapter") if made else None
 
     @property
-    def _llm_name(self) -> str:
-        if self.llm.backend != "transformers" or self.llm.model is None:
-            raise UserError("tuning needs --llm_backend transformers and --llm_model; or give --rounds 0")
-        return self.llm.model
+    def llm_name(self) -> str:
+        """Folder or hub id of the LLM that is tuned."""
+        return self.llm.model or DEFAULT_MODEL[self.llm.backend]
 
     @contextmanager
-    def _timed(self, k: int, stage: str) -> Iterator[None]:
-        """Add the seconds of a step to times.json, over all starts of the loop that ended it."""
+    def _timed(
+        self, folder: Path, stage: str, script: str = "", *settings: Any, **flags: Any
+    ) -> Iterator[None]:
+        """Say what is done; add its seconds to times.json, over all starts of the loop that ended it."""
         began = time.monotonic()
-        log.info("round %d: %s", k, stage)
+        log.info("\n%s: %s", folder.name, stage)
+        if script:
+            self._say(script, *settings, **flags)
         yield
-        path = self.place(k, "times.json")
+        path = folder / "times.json"
         times = read_json(path) if path.exists() else {}
         times[stage] = times.get(stage, 0.0) + time.monotonic() - began
         write_json(path, times)
 
-
-def judge_folder(run: Path, folder: Path, spec: DataSetSpec, device: torch.device) -> None:
-    """Score a folder's images by a trained detector and record in its manifest which are hard, Eq. (6)."""
-    detector, card = load_detector(run, device), read_json(run / "model.json")
-    images = read_anomalies(folder, spec)
-    size = detector.image_size
-    resized = decode(images.paths, content_digest(images.paths), 0, size, name="fresh anomalies").resized
-    scores = detector.score(resized).double().numpy()
-    hard = hard_anomalies(scores, card["threshold"])
-    index = tuple(range(len(images)))
-    easy = easy_anomalies(scores, hard)
-    record_split(folder, Scored(index, images.captions, scores, hard, easy, card["threshold"]))
-
-
-def read_split(run: Path) -> Scored:
-    """The split of a finished run, from its d_samples.json and e_samples.json."""
-    hard, easy = (read_json(run / f"{name}_samples.json") for name in ("d", "e"))
-    rows = [(*row, True) for row in hard] + [(*row, False) for row in easy]
-    rows.sort(key=lambda row: row[0][0])
-    is_hard = np.array([row[2] for row in rows], dtype=bool)
-    return Scored(
-        tuple(row[0][0] for row in rows),
-        tuple(tuple(row[1]) for row in rows),
-        np.array([row[0][2] for row in rows]),
-        is_hard,
-        np.flatnonzero(~is_hard),
-        read_json(run / "model.json")["threshold"],
-    )
+    def _say(self, script: str, *settings: Any, **flags: Any) -> None:
+        """The command that does by hand what comes now."""
+        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+        words += [word for each in settings for word in to_flags(each)]
+        log.info("by hand: %s", shlex.join(["python", script, *words]))
 
 
 def describe_settings(loop: Loop) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The folder of a loop, and the table at its end."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,9 @@ from typing import Any
 from kka.errors import UserError
 from kka.files import read_json, write_bytes, write_json
 from kka.loop import Loop, describe_settings
-from kka.runs import ROOT, claim, fingerprint, locked, write_config
+from kka.metrics import format_interval
+from kka.picture import draw_loop, split_rows
+from kka.runs import RESULTS, ROOT, claim, fingerprint, locked, write_config
 
 # Settings of a loop that decide where or how fast it runs, not its numbers.
 PLACE = frozenset(
@@ -42,27 +44,48 @@ def opened(loop: Loop) -> Iterator[None]:
 
 
 def report_loop(loop: Loop, rows: list[dict[str, Any]]) -> str:
-    """Write results.json and table.md, and return the table."""
-    none = read_json(loop.folder / "none" / "results.json")["test_auc"]
+    """Write results.json, table.md and, where matplotlib is installed, loop.png; return the table."""
+    none = read_json(loop.folder / "none.json")
     write_json(loop.folder / "results.json", {"none": none, "rounds": rows}, indent=1)
     table = to_table(none, rows)
     write_bytes(loop.folder / "table.md", table.encode())
+    try:
+        picture(loop)
+    except UserError as error:
+        log.warning("no picture: %s", error)
     return table
 
 
-def to_table(none: float | None, rows: list[dict[str, Any]]) -> str:
-    """A markdown table: one line without anomalies, then one per round."""
-    stages = ("describe", "draw", "tune", "detect")
+def picture(loop: Loop) -> None:
+    """Write loop.png: the anomalies of each round, and the scores without them and after the last round."""
+    last = loop.n_rounds
+    rows: list[tuple[str, Sequence[Path]]] = [("normal\n(training)", loop.normals.paths)]
+    for k in range(last + 1):
+        rows += split_rows(loop.place(k, "fresh" if k else "0"), f"round {k}")
+    runs = {"no anomalies": loop.folder / "none", f"KKA({last})": loop.place(last, "detector")}
+    draw_loop(
+        loop.folder / "loop.png", rows, [(name, read_json(run / RESULTS)) for name, run in runs.items()]
+    )
+
+
+def to_table(none: Sequence[float | None], rows: list[dict[str, Any]]) -> str:
+    """A markdown table: one line without anomalies, then one per round; AUCs are means over evaluators.
+
+    In round 0 the share of hard anomalies is that of the set, later that of the fresh images, each judged by
+    an evaluator that has not seen it, beside that of fresh images of the untuned LLM.
+    """
+    stages = ("describe", "draw", "tune", "build", "detect")
     head = [
         "",
         "fresh captions",
-        "hard among fresh",
+        "hard",
+        "hard, untuned LLM",
         "set",
         "DPO margin",
         "test AUC",
         *(f"{s}, s" for s in stages),
     ]
-    lines = [head, ["---"] * len(head), ["none", "", "", "0", "", _percent(none), *[""] * len(stages)]]
+    lines = [head, ["---"] * len(head), ["none", "", "", "", "0", "", _mean(none), *[""] * len(stages)]]
     for row in rows:
         margin = "" if row["margin"] is None else f"{row['margin']:+.3f}"
         seconds = [f"{row['seconds'].get(stage, 0):.0f}" for stage in stages]
@@ -70,24 +93,32 @@ def to_table(none: float | None, rows: list[dict[str, Any]]) -> str:
             f"KKA({row['round']})",
             str(row["captions"]),
             _percent(row["hard"]),
+            "" if row["hard_untuned"] is None else _percent(row["hard_untuned"]),
             str(row["size"]),
             margin,
         ]
-        lines.append([*cells, _percent(row["test_auc"]), *seconds])
+        lines.append([*cells, _mean(row["test_aucs"]), *seconds])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
-def _percent(value: float | None) -> str:
-    return "n/a" if value is None else f"{100 * value:.1f} %"
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _mean(aucs: Sequence[float | None]) -> str:
+    known = [auc for auc in aucs if auc is not None]
+    return f"{format_interval(known)} %" if known else "n/a"
 
 
 def check_loop(loop: Loop) -> None:
     """Raises UserError naming the flag of the first setting that makes no sense."""
     s = loop.settings
-    for name in ("n_fresh", "n_initial", "n_clusters", "draw_batch"):
+    for name in ("n_fresh", "n_initial", "n_untuned", "n_clusters", "n_evaluators", "draw_batch"):
         if (getattr(s, name) or 1) < 1 or getattr(s, name) == 0:
             raise UserError(f"--{name} must be at least 1, it is {getattr(s, name)}")
     if loop.n_rounds < 0 or s.per_round < 0:
         raise UserError("--rounds and --per_round must not be negative")
+    if not 0 < s.threshold_quantile <= 1:
+        raise UserError(f"--threshold_quantile must lie in (0, 1], it is {s.threshold_quantile}")
     if loop.n_rounds and loop.llm.backend != "transformers":
         raise UserError("a tuned LLM needs --llm_backend transformers; with a server give --rounds 0")

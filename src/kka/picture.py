@@ -1,4 +1,4 @@
-"""Pictures of a run: what was normal, what was generated, and how the scores separate."""
+"""The picture at the end of a loop: normal images, anomalies of each round, and how the scores separate."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,24 +7,24 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from kka.datasets.task import Task
+from kka.anomalies import Item, live, read_items
 from kka.errors import UserError
-from kka.files import read_json, write_atomically
+from kka.files import write_atomically
 
 COLUMNS = 10
 INK, MUTED = "#1f2430", "#5b6472"
 NORMAL, ANOMALY = "#0072b2", "#d55e00"  # told apart also by colour-blind readers
 
+Rows = Sequence[tuple[str, Sequence[Path]]]
 
-def draw_demo(path: Path, task: Task, without: dict[str, Any], with_: dict[str, Any], run: Path) -> None:
-    """Image rows and score histograms of two runs, one without and one with generated anomalies, as PNG.
+
+def draw_loop(path: Path, rows: Rows, runs: Sequence[tuple[str, dict[str, Any]]]) -> None:
+    """Rows of images above score histograms, as PNG.
 
     Args:
         path: file to write.
-        task: the images of the second run.
-        without: results of the first run.
-        with_: results of the second run.
-        run: folder of the second run, for its hard and easy lists.
+        rows: a title and files for each row, of which COLUMNS are shown.
+        runs: a title and results.json for each histogram.
 
     Raises UserError naming the extra if matplotlib is not installed.
     """
@@ -32,34 +32,30 @@ def draw_demo(path: Path, task: Task, without: dict[str, Any], with_: dict[str, 
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("pictures need matplotlib; install it with pip install -e '.[plot]'") from None
-    figure = Figure(figsize=(9, 7.6), layout="constrained", facecolor="white")
-    halves: Any = figure.subfigures(2, 1, height_ratios=[1.25, 1])
-    _draw_rows(halves[0], _rows(task, with_, run))
-    axes = halves[1].subplots(1, 2)
-    _draw_scores(axes[0], without, "no anomalies")
-    _draw_scores(axes[1], with_, f"{with_['n_generated']} generated anomalies")
+    heights = [0.95 * len(rows), 3.0]
+    figure = Figure(figsize=(9.5, sum(heights)), layout="constrained", facecolor="white")
+    halves: Any = figure.subfigures(2, 1, height_ratios=heights)
+    _draw_rows(halves[0], rows)
+    for axis, (title, results) in zip(np.atleast_1d(halves[1].subplots(1, len(runs))), runs, strict=True):
+        _draw_scores(axis, results, title)
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
-def _rows(task: Task, results: dict[str, Any], run: Path) -> list[tuple[str, Sequence[Path]]]:
-    """Titles and files of the image rows."""
-    hard, easy = ([row[0] for row in read_json(run / f"{name}_samples.json")] for name in ("d", "e"))
-    place = dict(zip(task.generated_index, task.generated.paths, strict=True))
-    anomalies = [row for row in results["test_scores"] if row[1] == 1]
-    lowest = sorted(anomalies, key=lambda row: row[2])
-    return [
-        ("normal (training)", task.normals.paths[:COLUMNS]),
-        ("generated,\nhard: closest", _files(place, sorted(hard, key=lambda row: row[2]))),
-        ("generated,\neasy: farthest", _files(place, sorted(easy, key=lambda row: -row[2]))),
-        ("test anomalies\nmissed most", [task.test.paths[row[0]] for row in lowest[:COLUMNS]]),
-    ]
+def split_rows(folder: Path, title: str) -> Rows:
+    """The hard anomalies of a folder, closest first, and the easy ones, farthest first."""
+    items = sorted(live(read_items(folder)), key=lambda item: item.score or 0.0)
+    sides = {
+        "hard": [item for item in items if item.status == "hard"],
+        "easy": [item for item in reversed(items) if item.status == "easy"],
+    }
+    return [(f"{title}\n{len(side)} {name}", _files(folder, side)) for name, side in sides.items()]
 
 
-def _files(place: dict[int, Path], rows: list[list[Any]]) -> list[Path]:
-    return [place[row[0]] for row in rows[:COLUMNS]]
+def _files(folder: Path, items: Sequence[Item]) -> list[Path]:
+    return [folder / item.file for item in items[:COLUMNS]]
 
 
-def _draw_rows(figure: Any, rows: list[tuple[str, Sequence[Path]]]) -> None:
+def _draw_rows(figure: Any, rows: Rows) -> None:
     axes = figure.subplots(len(rows), COLUMNS, squeeze=False)
     for line, (title, paths) in zip(axes, rows, strict=True):
         for axis in line:

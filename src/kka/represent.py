@@ -1,10 +1,16 @@
 """Eq. (1)-(2): normal images that represent their clusters; their captions are the examples for the LLM."""
 
+from pathlib import Path
+
 import numpy as np
+import torch
 from sklearn.cluster import KMeans
 from sklearn.covariance import ledoit_wolf
 
+from kka.datasets.images import content_digest, decode
+from kka.datasets.layout import Images
 from kka.errors import UserError
+from kka.run import load_detector
 
 
 # Eq. (1)
@@ -38,6 +44,14 @@ def select_representatives(features: np.ndarray, n_clusters: int, seed: int = 0)
     numbers, sizes = np.unique(clusters, return_counts=True)
     order = numbers[np.argsort(-sizes, kind="stable")]
     return [_closest(np.flatnonzero(clusters == number), features) for number in order]
+
+
+def representatives(run: Path, normals: Images, n_clusters: int, seed: int = 0) -> list[int]:
+    """`select_representatives` on the features of a trained detector. Indices into `normals`."""
+    detector = load_detector(run, torch.device("cpu"))
+    digest = content_digest(normals.paths)
+    images = decode(normals.paths, digest, 0, detector.image_size, name="normal images").resized
+    return select_representatives(detector.embed(images).numpy(), n_clusters, seed)
 
 
 def _closest(members: np.ndarray, features: np.ndarray) -> int:

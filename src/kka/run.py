@@ -90,6 +90,7 @@ class Run:
                 return read_json(self.folder / RESULTS)
             settings = {**asdict(self.settings), "runs": 1, **asdict(self.detector_settings)}
             write_config(self.folder, self.identity, settings)
+            torch.set_flush_denormal(True)  # denormal numbers slow a CPU many times
             with log_to(self.folder / LOG):
                 return self._train_and_test()
 

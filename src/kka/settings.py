@@ -88,6 +88,16 @@ def to_json(settings: Any) -> dict[str, Any]:
     return dataclasses.asdict(settings)
 
 
+def to_flags(settings: Any) -> list[str]:
+    """The words of a command line that give these settings: a flag for each value that is not the default."""
+    words = []
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if value != field.default:
+            words += [f"--{field.name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return words
+
+
 def parse_bool(text: str) -> bool:
     """True or False as people write them; raises ValueError otherwise."""
     words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
