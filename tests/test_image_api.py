@@ -2,8 +2,6 @@
 
 import logging
 import time
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
 
 import numpy as np
 import pytest
@@ -14,7 +12,8 @@ from kka import image_api
 from kka.datasets import get_spec
 from kka.drawers import DrawerSettings, build_drawer
 from kka.errors import UserError
-from kka.image_api import PATIENCE, TRIES, retry_after
+from kka.image_api import TRIES
+from kka.servers import ATTEMPTS, KEYS
 
 KEY = "sk-very-secret-1234"
 GARDEN = get_spec("garden")  # no style is added to its captions
@@ -23,7 +22,7 @@ GARDEN = get_spec("garden")  # no style is added to its captions
 @pytest.fixture(autouse=True)
 def _key(monkeypatch, caplog):
     """A key in the environment, short waits, and no key in the log, whatever happens."""
-    for names in image_api.KEYS.values():
+    for names in KEYS.values():
         for name in names:
             monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
@@ -99,9 +98,9 @@ def test_busy_server_is_asked_again(fault, monkeypatch):
 def test_server_that_stays_busy_stops_the_work(fault, monkeypatch):
     monkeypatch.setattr(image_api, "_wait", lambda state: 0)
     with serving(*[fault] * 10) as server:
-        with pytest.raises(UserError, match=f"failed {PATIENCE} times .HTTP {fault}.; run the same command"):
+        with pytest.raises(UserError, match=f"failed {ATTEMPTS} times .HTTP {fault}.; run the same command"):
             draw(server)
-        assert len(server.prompts) == PATIENCE
+        assert len(server.prompts) == ATTEMPTS
 
 
 @pytest.mark.parametrize(
@@ -175,8 +174,8 @@ def test_requests_are_limited():
 
 def test_key_is_needed_before_the_work(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
-    with serving() as server, pytest.raises(UserError, match="environment variable OPENAI_API_KEY"):
-        drawer(server)
+    with pytest.raises(UserError, match="environment variable OPENAI_API_KEY"):
+        build_drawer(DrawerSettings(backend="api", base_url="https://host/v1", model="m"), GARDEN)
     with pytest.raises(UserError, match="ZHIPUAI_API_KEY or ZAI_API_KEY"):
         build_drawer(DrawerSettings(backend="api"), GARDEN)
 
@@ -198,17 +197,8 @@ def test_bad_address_or_no_model_is_one_sentence(settings, part):
 
 
 def test_key_in_the_address_is_refused_without_showing_it():
-    with pytest.raises(UserError, match="--base_url must hold no password") as error:
+    with pytest.raises(UserError, match="--base_url must not hold a password") as error:
         build_drawer(
             DrawerSettings(backend="api", base_url=f"http://me:{KEY}@127.0.0.1:9/v1", model="m"), GARDEN
         )
     assert KEY not in str(error.value)
-
-
-def test_retry_after_is_a_number_or_a_date():
-    assert retry_after("7") == 7
-    assert retry_after("-1") == 0
-    later = datetime.now(UTC) + timedelta(seconds=30)
-    assert 25 < retry_after(format_datetime(later, usegmt=True)) <= 30
-    assert retry_after("soon") is None
-    assert retry_after(None) is None

@@ -6,39 +6,33 @@ is written nowhere.
 
 import importlib
 import logging
-import math
-import os
 import re
 import threading
-import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, wait
-from email.utils import parsedate_to_datetime
 from typing import Any
-from urllib.parse import urlsplit
 
 import tenacity
 
 from kka.errors import UserError
 from kka.language_models import DEFAULT_MODEL, LanguageModelSettings, whole_lines
 from kka.seeds import derive_seed
+from kka.servers import (
+    ATTEMPTS,
+    BACK_OFF,
+    FILTERED,
+    LONGEST_WAIT,
+    NO_CREDIT,
+    check_url,
+    read_key,
+    retry_after,
+)
 
 # Back end: package, client, address that it asks by default.
 SDKS = {
     "openai": ("openai", "OpenAI", "https://api.openai.com/v1"),
     "zhipuai": ("zhipuai", "ZhipuAI", "https://open.bigmodel.cn/api/paas/v4"),
 }
-# A key is sent to the hosts it is for; OPENAI_API_KEY to any other that the user names.
-KEYS = {
-    "open.bigmodel.cn": ("ZHIPUAI_API_KEY", "ZAI_API_KEY"),
-    "api.z.ai": ("ZAI_API_KEY", "ZHIPUAI_API_KEY"),
-}
-LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")  # need no key
-ATTEMPTS = 6
-BACK_OFF = tenacity.wait_random_exponential(multiplier=1, max=60)
-LONGEST_WAIT = 600.0  # seconds; a server that asks for more is left alone
-NO_CREDIT = ("insufficient_quota", "billing_hard_limit_reached", "1113")  # codes, with status 429
-FILTERED = ("content_filter", "content_policy_violation", "1301")  # codes, with status 400
 FILTERED_ANSWER = ("content_filter", "sensitive")  # reasons to finish an answer
 
 log = logging.getLogger(__name__)
@@ -199,34 +193,6 @@ def read_reply(reply: Any) -> str:
     return text
 
 
-def check_url(url: str) -> str:
-    """The host of a server's address; raises UserError if it is no address or has a password in it."""
-    try:
-        parts = urlsplit(url)
-        host, _ = parts.hostname, parts.port
-    except ValueError:
-        parts, host = urlsplit(""), None
-    if parts.scheme not in ("http", "https") or not host:
-        raise UserError(f"--base_url {url!r} must be an address such as http://localhost:8000/v1")
-    if parts.username or parts.password:
-        raise UserError("--base_url must not hold a password; the key comes from the environment")
-    return host
-
-
-def read_key(host: str) -> str:
-    """The key for a server from the environment; raises UserError naming the variable that is not set."""
-    names = KEYS.get(host, ("OPENAI_API_KEY",))
-    for name in names:
-        key = os.environ.get(name, "").strip()
-        if key and not (key.isascii() and key.isprintable()):
-            raise UserError(f"the key in the environment variable {name} has characters that no key has")
-        if key:
-            return key
-    if host in LOCAL_HOSTS:
-        return "no-key"
-    raise UserError(f"{host} needs a key; set the environment variable {' or '.join(names)}")
-
-
 def import_sdk(package: str) -> Any:
     """openai or zhipuai; raises UserError naming the extra if it is not installed."""
     for name in ("httpx", "httpx2"):  # a line of log for every request says nothing new
@@ -243,7 +209,7 @@ def import_sdk(package: str) -> Any:
 def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed later."""
     status = getattr(error, "status_code", None)
-    if error_code(error) in NO_CREDIT or (retry_after(error) or 0) > LONGEST_WAIT:
+    if error_code(error) in NO_CREDIT or (asked_to_wait(error) or 0) > LONGEST_WAIT:
         return False
     if status is None or status < 400:  # no connection, no answer in time, or no JSON
         names = [parent.__name__ for parent in type(error).__mro__]
@@ -265,22 +231,12 @@ def error_code(error: BaseException) -> str | None:
     return None if code is None else str(code)
 
 
-def retry_after(error: BaseException) -> float | None:
-    """Seconds that the server asks to wait, as a number or a date; None if it says nothing."""
+def asked_to_wait(error: BaseException) -> float | None:
+    """Seconds that the server asks to wait; None if it says nothing."""
     response = getattr(error, "response", None)
-    header = response.headers.get("retry-after") if response is not None else None
-    if header is None:
-        return None
-    try:
-        seconds = float(header)
-    except ValueError:
-        try:
-            seconds = parsedate_to_datetime(header).timestamp() - time.time()
-        except ValueError:
-            return None
-    return None if math.isnan(seconds) else max(0.0, seconds)
+    return None if response is None else retry_after(response.headers.get("retry-after"))
 
 
 def _seconds_to_wait(state: tenacity.RetryCallState) -> float:
-    asked = retry_after(state.outcome.exception())  # type: ignore[union-attr, arg-type]
+    asked = asked_to_wait(state.outcome.exception())  # type: ignore[union-attr, arg-type]
     return BACK_OFF(state) if asked is None else asked

@@ -1,19 +1,15 @@
 """Drawer over HTTP: servers with OpenAI's image endpoint, Zhipu's and Z.ai's among them."""
 
 import base64
-import email.utils
 import http.client
 import io
 import logging
-import os
-import time
 import urllib.error
 import urllib.request
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
-from urllib.parse import urlsplit
 
 import openai
 import tenacity
@@ -23,21 +19,22 @@ from kka.datasets.images import MAX_PIXELS
 from kka.datasets.layout import DataSetSpec
 from kka.drawers import DrawerSettings, is_black, style, styled
 from kka.errors import UserError
+from kka.servers import (
+    ATTEMPTS,
+    BACK_OFF,
+    FILTERED,
+    KEYS,
+    LONGEST_WAIT,
+    NO_CREDIT,
+    check_url,
+    read_key,
+    retry_after,
+)
 
 MODEL = "cogview-4-250304"  # the paper's code asks for cogview-3-plus, which is no longer served
-KEYS = {
-    "open.bigmodel.cn": ("ZHIPUAI_API_KEY", "ZAI_API_KEY"),
-    "api.z.ai": ("ZAI_API_KEY", "ZHIPUAI_API_KEY"),
-}
 TRIES = 3  # images asked for when the answers hold none that can be used; each may cost
-PATIENCE = 6  # attempts at a server that is busy or out of order
-LONGEST_WAIT = 600.0  # seconds
 MAX_BYTES = 64 * 2**20
 TIMEOUT = 180.0  # seconds
-BACK_OFF = tenacity.wait_random_exponential(multiplier=1, max=60)
-FILTERED = ("content_policy_violation", "moderation_blocked", "content_filter", "1301")
-NO_CREDIT = ("insufficient_quota", "billing_hard_limit_reached", "1113")
-
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -66,12 +63,7 @@ class Api:
     one_at_a_time = True
 
     def __init__(self, settings: DrawerSettings, spec: DataSetSpec) -> None:
-        address = urlsplit(settings.base_url)
-        if address.scheme not in ("http", "https") or not address.hostname:
-            raise UserError(f"--base_url {settings.base_url!r} must be an address such as https://host/v1")
-        if address.password:
-            raise UserError("--base_url must hold no password; the key comes from the environment")
-        self.host = address.hostname
+        self.host = check_url(settings.base_url)
         if settings.model is None and self.host not in KEYS:
             raise UserError(f"--base_url {settings.base_url} needs the name of its image model with --model")
         self.id, self.failures = settings.model or MODEL, Counter[str]()
@@ -110,13 +102,13 @@ class Api:
         """Do it, waiting and trying again while the server is busy."""
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(BusyError), wait=_wait, reraise=True,
-            stop=tenacity.stop_after_attempt(PATIENCE), before_sleep=_tell,
+            stop=tenacity.stop_after_attempt(ATTEMPTS), before_sleep=_tell,
         )  # fmt: skip
         try:
             return retrying(work)
         except BusyError as error:
             raise UserError(
-                f"the image API at {self.host} failed {PATIENCE} times ({error}); run the same command later"
+                f"the image API at {self.host} failed {ATTEMPTS} times ({error}); run the same command later"
             ) from None
 
     def _ask(self, prompt: str) -> Any:
@@ -169,27 +161,6 @@ class Api:
                 raise UnusableError("no address of an image")
             data = self._patiently(lambda: download(url))
         return decode_image(data)
-
-
-def read_key(host: str) -> str:
-    """The key for a server, from the environment; raises UserError naming the variable if it is not set."""
-    names = KEYS.get(host, ("OPENAI_API_KEY",))
-    for name in names:
-        if os.environ.get(name, "").strip():
-            return os.environ[name].strip()
-    raise UserError(f"the image API at {host} needs its key in the environment variable {' or '.join(names)}")
-
-
-def retry_after(header: str | None) -> float | None:
-    """Seconds that a Retry-After header (a number or a date) asks to wait; None if it says nothing."""
-    try:
-        return max(0.0, float(header or "x"))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(header or "").timestamp() - time.time())
-    except ValueError:
-        return None
 
 
 def download(url: str) -> bytes:
