@@ -1,0 +1,135 @@
+"""Does the loop help? Algorithm 1 over seeds and modes, one table.
+
+    python benchmarks/loops.py                                        # the garden, as `make demo` does it
+    python benchmarks/loops.py --out DIR/name -- --dataset_name ucm_caption ...     # flags of src/iterate.py
+
+Loops that are finished are not run again, and an interrupted one continues. What does not depend on the mode
+(the round without anomalies, round 0, the tuned LLM of round 1 and its images) is done once for each seed.
+"""
+
+import logging
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from deep_sad import processor, table
+
+from kka.errors import UserError, run_script
+from kka.files import read_json, write_bytes, write_json
+from kka.metrics import mean_interval
+from kka.runs import RESULTS, ROOT, git_commit
+from kka.settings import build_parser, make_settings, option
+
+sys.path.insert(0, str(ROOT / "src"))
+from demo import FLAGS
+
+COMMON = ("none*", "untuned", "round_0", "times.json")
+COMMON_NEXT = ("captions*", "described.json", "fresh", "adapter")  # of round 1
+
+log = logging.getLogger("loops")
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """Options of the study."""
+
+    seeds: int = option(5, "loops of each mode")
+    modes: tuple[str, ...] = option(("add", "rep"), "how the set is updated")
+    folder: str = option(str(ROOT / "log" / "study"), "folder of the loops")
+    out: str = option(str(Path(__file__).parent / "results" / "loop_garden"), "table without suffix")
+
+
+def main() -> None:
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    words, flags = divide(sys.argv[1:])
+    s = make_settings(StudySettings, vars(build_parser("Loops, compared.", StudySettings).parse_args(words)))
+    if not flags:
+        flags = [str(word) for name, value in FLAGS.items() for word in (f"--{name}", value)]
+    report: dict[str, Any] = {"flags": flags, "git_commit": git_commit(), "processor": processor()}
+    report["threads"] = torch.get_num_threads()
+    report["loops"] = [
+        {"mode": mode, "seed": seed, **run(flags, mode, seed, s)}
+        for seed in range(s.seeds)
+        for mode in s.modes
+    ]
+    write_json(Path(f"{s.out}.json"), report, indent=1)
+    write_bytes(Path(f"{s.out}.md"), to_markdown(report, s.modes).encode())
+    print(to_markdown(report, s.modes))
+
+
+def divide(words: list[str]) -> tuple[list[str], list[str]]:
+    """Our flags, and behind -- those of src/iterate.py."""
+    where = words.index("--") if "--" in words else len(words)
+    return words[:where], words[where + 1 :]
+
+
+def run(flags: list[str], mode: str, seed: int, s: StudySettings) -> dict[str, Any]:
+    """One loop; returns its results."""
+    folder = Path(s.folder) / f"{mode}_{seed}"
+    if not (folder / RESULTS).exists():
+        for other in s.modes[: s.modes.index(mode)]:
+            share(Path(s.folder) / f"{other}_{seed}", folder)
+        last = ["--mode", mode, "--seed", str(seed), "--xp_path", str(folder)]
+        command = [sys.executable, str(ROOT / "src" / "iterate.py"), *flags, *last]
+        log.info("%s, seed %d", mode, seed)
+        if subprocess.run(command).returncode:
+            raise UserError(f"the loop in {folder} failed; see above, and start this command again")
+    return {"mode": mode, "seed": seed, **read_json(folder / RESULTS)}
+
+
+def share(done: Path, folder: Path) -> None:
+    """Give a loop what another one of the same seed has and the mode does not change."""
+    for pattern, part in [*((p, "") for p in COMMON), *((p, "round_1") for p in COMMON_NEXT)]:
+        for path in (done / part).glob(pattern):
+            target = folder / path.relative_to(done)
+            if not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                (shutil.copytree if path.is_dir() else shutil.copy)(path, target)
+
+
+def to_markdown(report: dict[str, Any], modes: Sequence[str]) -> str:
+    """A table for each mode: means over seeds and half widths of their 95 % t-intervals."""
+    parts = [f"{report['processor']}, {report['threads']} threads, commit {report['git_commit']}"]
+    for mode in modes:
+        loops = [loop for loop in report["loops"] if loop["mode"] == mode]
+        rows = [["none", "", "", "", "", "", mean_of([mean(loop["none"]) for loop in loops])]]
+        for k in range(min(len(loop["rounds"]) for loop in loops)):
+            rows.append([f"KKA({k})", *round_cells([loop["rounds"][k] for loop in loops], loops)])
+        header = "|set|hard, %|hard, untuned LLM, %|loops with more hard ones|DPO margin|test AUC, %"
+        parts.append(f"\nmode {mode}, {len(loops)} seeds\n" + table(header, rows))
+    return "\n".join(parts)
+
+
+def round_cells(rounds: list[dict[str, Any]], loops: list[dict[str, Any]]) -> list[str]:
+    """One round of all loops of a mode."""
+    later = rounds[0]["hard_untuned"] is not None
+    margins = [row["margin"] for row in rounds if row["margin"] is not None]
+    more = sum(row["hard"] > row["hard_untuned"] for row in rounds) if later else 0
+    return [
+        f"{sum(row['size'] for row in rounds) / len(rounds):.0f}",
+        mean_of([row["hard"] for row in rounds]),
+        mean_of([row["hard_untuned"] for row in rounds]) if later else "",
+        f"{more} of {len(rounds)}" if later else "",
+        mean_of(margins, 1) if margins else "",
+        mean_of([mean(row["test_aucs"]) for row in rounds]),
+    ]
+
+
+def mean(values: Sequence[float]) -> float:
+    """Arithmetic mean."""
+    return sum(values) / len(values)
+
+
+def mean_of(values: Sequence[float], scale: float = 100) -> str:
+    """Mean and half width of the 95 % interval."""
+    middle, half = mean_interval(values)
+    return f"{scale * middle:.2f}" + ("" if half is None else f" ± {scale * half:.2f}")
+
+
+if __name__ == "__main__":
+    run_script(main)
