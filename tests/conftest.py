@@ -6,7 +6,9 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from tiny_models import tiny_adapter, tiny_glm
 from toy import run_toy, write_toy_set
+from unreliable_drawer import draw
 
 import kka.datasets.sources
 import kka.run
@@ -40,4 +42,24 @@ def finished(toy_set, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "run"
     outcome = run_toy(toy_set, folder)
     assert outcome.code == 0, outcome.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def glm(tmp_path_factory):
+    """A tiny LLM that tests only read."""
+    return str(tiny_glm(tmp_path_factory.mktemp("llm") / "glm"))
+
+
+@pytest.fixture(scope="session")
+def random_adapter(glm, tmp_path_factory):
+    """An adapter that changes it a lot."""
+    return tiny_adapter(tmp_path_factory.mktemp("adapter"), glm)
+
+
+@pytest.fixture(scope="session")
+def painted(tmp_path_factory):
+    """What an undisturbed run of the painter leaves."""
+    folder = tmp_path_factory.mktemp("painted") / "0"
+    draw(folder)
     return folder

@@ -5,7 +5,6 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from tiny_diffusion import tiny_diffusion
 from toy import read_json, snapshot
@@ -20,41 +19,25 @@ from kka.errors import UserError
 from kka.files import sha256
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """What an undisturbed run of the painter leaves."""
-    folder = tmp_path_factory.mktemp("whole") / "0"
-    draw(folder)
-    return folder
-
-
-def test_folder_is_whole_and_paired(whole):
-    items = read_items(whole)
-    assert read_json(whole / "image.json") == [file_name(k) for k in range(1, len(CAPTIONS) + 1)]
+def test_folder_is_whole_and_paired(painted):
+    items = read_items(painted)
+    assert read_json(painted / "image.json") == [file_name(k) for k in range(1, len(CAPTIONS) + 1)]
     assert [item.caption for item in items] == CAPTIONS
-    images = read_anomalies(whole, GARDEN)
+    images = read_anomalies(painted, GARDEN)
     assert [set(block) for block in images.captions] == [{caption} for caption in CAPTIONS]
-    assert sorted(p.name for p in whole.iterdir() if p.suffix != ".png") == sorted(
+    assert sorted(p.name for p in painted.iterdir() if p.suffix != ".png") == sorted(
         [MANIFEST, "image.json", "text_caption.json"]
     )
     for number, item in enumerate(items, 1):
         assert item.seed == image_seed(0, item.caption, number)
-        assert sha256(whole / item.file) == item.sha256
-        with Image.open(whole / item.file) as image:
+        assert sha256(painted / item.file) == item.sha256
+        with Image.open(painted / item.file) as image:
             expected = garden.draw_caption(item.caption, np.random.default_rng(item.seed))
             assert np.array_equal(np.asarray(image), np.asarray(expected))
 
 
-def test_manifest_says_where_each_image_comes_from(whole):
-    line = json.loads((whole / MANIFEST).read_text().splitlines()[3])
+def test_manifest_says_where_each_image_comes_from(painted):
+    line = json.loads((painted / MANIFEST).read_text().splitlines()[3])
     assert {key: line[key] for key in RECORDS[3]} == RECORDS[3]
     assert line["drawer"] == "garden"
     assert line["drawer_settings"] == {"version": garden.VERSION}
@@ -82,19 +65,19 @@ def test_same_caption_twice_gives_two_images(tmp_path):
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 100])
-def test_batches_do_not_matter(batch_size, whole, tmp_path):
+def test_batches_do_not_matter(batch_size, painted, tmp_path):
     drawn = draw(tmp_path / "0", batch_size=batch_size)
-    assert snapshot(tmp_path / "0") == snapshot(whole)
+    assert snapshot(tmp_path / "0") == snapshot(painted)
     assert (drawn.new, drawn.kept, drawn.missing) == (len(CAPTIONS), 0, 0)
 
 
 @pytest.mark.parametrize("n", [2, 3, 30])
-def test_number_of_processes_does_not_matter(n, whole, tmp_path):
+def test_number_of_processes_does_not_matter(n, painted, tmp_path):
     for index in reversed(range(n)):
         draw(tmp_path / "0", shard=(index, n), batch_size=2)
         assert not (tmp_path / "0" / "image.json").exists()
     finish(tmp_path / "0", GARDEN, Counter())
-    assert snapshot(tmp_path / "0") == snapshot(whole)
+    assert snapshot(tmp_path / "0") == snapshot(painted)
 
 
 def test_failures_leave_gaps_and_later_runs_fill_them(tmp_path):

@@ -8,7 +8,6 @@ import signal
 import time
 
 import pytest
-import torch
 from tiny_diffusion import tiny_diffusion
 from toy import read_json, snapshot
 from unreliable_drawer import CAPTIONS, GARDEN, RECORDS, Stopping, Unreliable, draw, painter
@@ -20,29 +19,13 @@ from kka.errors import UserError
 from kka.files import sha256
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """What an undisturbed run of the painter leaves."""
-    folder = tmp_path_factory.mktemp("whole") / "0"
-    draw(folder)
-    return folder
-
-
-def test_another_number_of_processes_goes_on(whole, tmp_path):
+def test_another_number_of_processes_goes_on(painted, tmp_path):
     folder = tmp_path / "0"
     draw(folder, shard=(1, 3))
     with pytest.raises(KeyboardInterrupt):
         draw_captions(Stopping(4), RECORDS, folder, GARDEN, shard=(0, 2), batch_size=2)
     drawn = draw(folder)
-    assert snapshot(folder) == snapshot(whole)
+    assert snapshot(folder) == snapshot(painted)
     assert drawn.kept == 8 + 4
 
 
@@ -89,7 +72,7 @@ class Slow(Stopping):
         return super().draw(captions, seeds)
 
 
-def test_killed_at_any_point_ends_with_the_same_folder(whole, tmp_path):
+def test_killed_at_any_point_ends_with_the_same_folder(painted, tmp_path):
     folder = tmp_path / "0"
     for n_images in (1, 6, 10, 17):
         run_and_kill(
@@ -100,7 +83,7 @@ def test_killed_at_any_point_ends_with_the_same_folder(whole, tmp_path):
         for item in read_items(folder):
             assert sha256(folder / item.file) == item.sha256
     draw(folder, batch_size=4)
-    assert snapshot(folder) == snapshot(whole)
+    assert snapshot(folder) == snapshot(painted)
 
 
 def test_diffusion_killed_ends_with_the_same_folder(tmp_path):
@@ -126,12 +109,12 @@ def slowed(function):
 
 
 @pytest.mark.parametrize("cut", [1, 40])
-def test_torn_manifest_and_images_without_line_are_mended(cut, whole, tmp_path):
-    folder = shutil.copytree(whole, tmp_path / "0")
+def test_torn_manifest_and_images_without_line_are_mended(cut, painted, tmp_path):
+    folder = shutil.copytree(painted, tmp_path / "0")
     manifest = folder / MANIFEST
     manifest.write_bytes(manifest.read_bytes()[:-cut])
     (folder / file_name(len(CAPTIONS))).write_bytes(
-        b"half an image" if cut > 1 else (whole / file_name(24)).read_bytes()
+        b"half an image" if cut > 1 else (painted / file_name(24)).read_bytes()
     )
     for name in ("image.json", "text_caption.json"):
         (folder / name).unlink()
@@ -139,20 +122,20 @@ def test_torn_manifest_and_images_without_line_are_mended(cut, whole, tmp_path):
     (folder / ".image_00003.png.abc.tmp").write_bytes(b"half")
     (folder / ".manifest.jsonl.abc.tmp").write_bytes(b"half")
     draw(folder)
-    assert snapshot(folder) == snapshot(whole)
+    assert snapshot(folder) == snapshot(painted)
 
 
-def test_lost_image_is_drawn_again_and_a_changed_one_is_named(whole, tmp_path):
-    folder = shutil.copytree(whole, tmp_path / "0")
+def test_lost_image_is_drawn_again_and_a_changed_one_is_named(painted, tmp_path):
+    folder = shutil.copytree(painted, tmp_path / "0")
     (folder / file_name(5)).unlink()
     assert draw(folder).new == 1
-    assert snapshot(folder) == snapshot(whole)
+    assert snapshot(folder) == snapshot(painted)
     (folder / file_name(5)).write_bytes((folder / file_name(6)).read_bytes())
     with pytest.raises(UserError, match=r"image_00005\.png was changed since it was drawn"):
         draw(folder)
 
 
-def test_full_disk_loses_nothing(whole, tmp_path, monkeypatch):
+def test_full_disk_loses_nothing(painted, tmp_path, monkeypatch):
     folder, calls = tmp_path / "0", []
     fsync = os.fsync
 
@@ -169,15 +152,15 @@ def test_full_disk_loses_nothing(whole, tmp_path, monkeypatch):
     assert str(folder) in error.value.filename
     assert not list(folder.glob(".*"))
     draw(folder, batch_size=4)
-    assert snapshot(folder) == snapshot(whole)
+    assert snapshot(folder) == snapshot(painted)
 
 
-def test_longer_list_of_captions_goes_on(whole, tmp_path):
+def test_longer_list_of_captions_goes_on(painted, tmp_path):
     folder = tmp_path / "0"
     draw(folder, records=RECORDS[:10])
     assert len(read_json(folder / "image.json")) == 10
     assert draw(folder).kept == 10
-    assert snapshot(folder) == snapshot(whole)
+    assert snapshot(folder) == snapshot(painted)
 
 
 @pytest.mark.parametrize(

@@ -21,15 +21,6 @@ CAPTIONS = ("red petals", "blue petals", "a large white flower", "thin petals, y
 SEEDS = (5, 6, 7, 8, 9)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Several threads only get in each other's way on so small a model."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     return str(tiny_diffusion(tmp_path_factory.mktemp("checkpoint")))

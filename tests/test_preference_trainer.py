@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import USER, tiny_adapter, tiny_glm
+from tiny_models import USER, tiny_glm
 from toy_pairs import PROMPT, SMALL, load_policy, make_trainer, pink_pairs, tokenizer_of
 
 from kka.errors import UserError
@@ -20,25 +20,6 @@ from kka.preference_trainer import (
 from kka.tune import dpo_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # trl uses names that transformers renames
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def glm(tmp_path_factory):
-    return str(tiny_glm(tmp_path_factory.mktemp("llm") / "glm"))
-
-
-@pytest.fixture(scope="module")
-def random_adapter(glm, tmp_path_factory):
-    """An adapter that changes the LLM a lot."""
-    return tiny_adapter(tmp_path_factory.mktemp("adapter"), glm)
 
 
 def log_probabilities(model, batch):

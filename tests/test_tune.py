@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import tiny_adapter, tiny_glm
 from toy import read_json, snapshot
 from toy_pairs import SMALL, WEIGHTS, load_policy, pink_pairs, tokenizer_of
 
@@ -19,25 +18,6 @@ from kka.preference_trainer import build_trainer
 from kka.tune import dpo_loss, last_checkpoint, tune
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # trl uses names that transformers renames
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def glm(tmp_path_factory):
-    return str(tiny_glm(tmp_path_factory.mktemp("llm") / "glm"))
-
-
-@pytest.fixture(scope="module")
-def random_adapter(glm, tmp_path_factory):
-    """An adapter that changes the LLM a lot."""
-    return tiny_adapter(tmp_path_factory.mktemp("adapter"), glm)
 
 
 @pytest.fixture(scope="module")
