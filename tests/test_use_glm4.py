@@ -10,7 +10,7 @@ from pathlib import Path
 import misbehaving_server as server
 import pytest
 from tiny_models import tiny_adapter, tiny_glm
-from toy import write_toy_set
+from toy import run_toy, write_toy_set
 
 from kka.datasets import flower, garden, ucm_caption
 from kka.prompts import generation_prompt, prompt_digest
@@ -95,6 +95,20 @@ def test_examples_by_hand_need_no_data_set(run, glm, tmp_path):
     assert first["prompt_sha256"] == prompt_digest(generation_prompt(flower.SPEC, first["examples"]))
 
 
+def test_representatives_by_a_run_and_known_captions(run, glm, tmp_path, toy_set):
+    assert run_toy(toy_set, tmp_path / "none", n_anomalies=0, n_epochs=1).code == 0
+    words = ["--dataset_name", "ucm_caption", "--data_path", toy_set, "--normal_class", 1]
+    words += ["--run", tmp_path / "none", "--n_examples", 2]
+    assert run(*words, "--n", 4, *tiny(glm))[0] == 0
+    first = records()
+    assert len(first[0]["examples"]) == 2
+    again = [*words, "--n", 6, "--known", "captions.jsonl", "--out", "next.jsonl"]
+    assert run(*again, *tiny(glm))[0] == 0
+    assert len(records("next.jsonl")) == 6
+    assert not {r["caption"] for r in first} & {r["caption"] for r in records("next.jsonl")}
+    assert records("next.jsonl")[0]["examples"] == first[0]["examples"]
+
+
 @pytest.mark.parametrize(("keep", "expected"), [([], 1), (["--keep_normal_captions"], 2)])
 def test_normal_captions_are_dropped(run, keep, expected):
     normal = "the tiny flower has few narrow pink petals around a golden center"
@@ -142,6 +156,7 @@ def test_folders_without_numbers_have_no_normal_class(run):
         (["--out", "captions.txt"], "must end in .jsonl"),
         (["--dataset_name", "roses"], "unknown data set 'roses'"),
         (["--data_path", "nowhere"], "--data_path nowhere does not exist"),
+        (["--examples", PINK, "--known", "nowhere.jsonl"], "--known nowhere.jsonl does not exist"),
         (["--temprature", 1], "unrecognized arguments"),
         (["--backend", "vllm"], "invalid choice: 'vllm'"),
         (["--examples", PINK, "--model", "./nowhere"], "--model ./nowhere does not exist"),

@@ -206,7 +206,7 @@ def ask_for_captions(settings: CaptionSettings, model_settings: LanguageModelSet
     prompt = generation_prompt(spec, examples)
     log.info("%s", prompt)
     is_normal = normal_test(spec, normals, settings.normal_class or spec.normal_classes)
-    known = [record["caption"] for path in settings.known for record in read_captions(Path(path))]
+    known = [record["caption"] for path in settings.known for record in read_captions(Path(path), "--known")]
     return describe(
         load_language_model(model_settings),
         prompt,

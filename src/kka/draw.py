@@ -75,27 +75,27 @@ class Drawn:
     """why attempts gave no image"""
 
 
-def read_captions(path: Path) -> list[dict[str, Any]]:
+def read_captions(path: Path, flag: str = "--captions") -> list[dict[str, Any]]:
     """Records of captions.jsonl, or of a text file with one caption per line (the official flower.txt).
 
-    Raises UserError naming the file, and the line, if it is missing, empty or malformed.
+    Raises UserError naming the flag and file, and the line, if it is missing, empty or malformed.
     """
     if not path.is_file():
-        raise UserError(f"--captions {path} does not exist; make it with create/use_glm4.py")
+        raise UserError(f"{flag} {path} does not exist; make it with create/use_glm4.py")
     if path.suffix == ".jsonl":
         records = [_check_record(value, f"{path}, line {number}") for number, value in read_lines(path)]
     else:
-        records = [{"caption": line.strip()} for line in _read_text(path).splitlines() if line.strip()]
+        records = [{"caption": line.strip()} for line in _read_text(path, flag).splitlines() if line.strip()]
     if not records:
-        raise UserError(f"--captions {path} holds no caption")
+        raise UserError(f"{flag} {path} holds no caption")
     return records
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: Path, flag: str) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"--captions {path} is not UTF-8 text ({error})") from None
+        raise UserError(f"{flag} {path} is not UTF-8 text ({error})") from None
 
 
 def _check_record(value: Any, where: str) -> dict[str, Any]:

@@ -1,0 +1,88 @@
+"""create/update_anomalies.py: fresh images before a trained evaluator, and the next set."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from anomaly_sets import draw_set
+from toy import read_json, run_toy, write_toy_set
+
+from kka.anomalies import live, read_items
+from kka.datasets import get_spec
+from kka.judge import hard_share
+
+SCRIPT = Path(__file__).resolve().parents[1] / "create" / "update_anomalies.py"
+SPEC = get_spec("garden")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A toy data set, a drawn anomaly set with the run that was trained on it, and fresh images."""
+    root = tmp_path_factory.mktemp("world")
+    write_toy_set(root / "data", SPEC)
+    for name, n, seed in (("set", 6, 0), ("fresh", 5, 1)):
+        draw_set(root / name, n, seed)
+    outcome = run_toy(
+        root / "data", root / "run", dataset_name="garden", anomaly_path=root / "set", n_epochs=2
+    )
+    assert outcome.code == 0, outcome.stderr
+    return root
+
+
+@pytest.fixture
+def call(world, tmp_path, monkeypatch, capsys):
+    """The script in this process; returns exit code, stdout and stderr."""
+
+    def run(**flags):
+        given = {
+            "dataset_name": "garden", "run": world / "run", "anomaly_path": world / "set",
+            "fresh": world / "fresh", "out": tmp_path / "next", "mode": "add", **flags,
+        }  # fmt: skip
+        words = [str(word) for name, value in given.items() if value for word in (f"--{name}", value)]
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *words])
+        code = 0
+        try:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_hard_ones_enter_by_the_threshold_of_the_run(call, world, tmp_path):
+    code, out, err = call()
+    assert code == 0, err
+    fresh, threshold = read_items(world / "fresh"), read_json(world / "run" / "model.json")["threshold"]
+    assert [item.status == "hard" for item in fresh] == [item.score < threshold for item in fresh]
+    n_hard = sum(item.status == "hard" for item in fresh)
+    assert hard_share(world / "fresh") == n_hard / 5
+    assert len(live(read_items(tmp_path / "next"))) == 6 + n_hard
+    assert f"{100 * n_hard / 5:.1f} % of the images" in out
+    assert f"{n_hard} added, 0 left" in out
+
+
+def test_the_current_set_gets_the_split_of_the_run(call, world):
+    assert call()[0] == 0
+    hard = {row[0][0] for row in read_json(world / "run" / "d_samples.json")}
+    statuses = [item.status for item in read_items(world / "set")]
+    assert statuses == ["hard" if k in hard else "easy" for k in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        ({"run": None}, "--run DIR is needed"),
+        ({"out": None}, "--out DIR is needed"),
+        ({"run": "nowhere"}, "--run nowhere is no finished run"),
+        ({"mode": "swap"}, "invalid choice: 'swap'"),
+        ({"dataset_name": "roses"}, "unknown data set 'roses'"),
+    ],
+)
+def test_bad_input_is_one_sentence(call, flags, part, tmp_path):
+    code, _, err = call(**flags)
+    assert code == 2
+    assert part in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert not (tmp_path / "next").exists()
