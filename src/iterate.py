@@ -11,6 +11,8 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from kka.algorithm import run_kka
 from kka.datasets import get_spec
 from kka.datasets.sources import data_root
@@ -35,6 +37,7 @@ PREFIXED = {
 
 def main() -> None:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
+    torch.set_flush_denormal(True)  # before there are threads, which inherit it
     parser = build_parser("Algorithm 1, unattended.", LoopSettings, DeepSADSettings, **PREFIXED)
     flags = vars(parser.parse_args())
     settings, detector = make_settings(LoopSettings, flags), make_settings(DeepSADSettings, flags)
