@@ -10,9 +10,11 @@ import torch
 
 from kka.detectors.contract import Detector, DetectorSettings
 from kka.detectors.deep_sad import DeepSAD, DeepSADSettings
+from kka.detectors.ssd import SSD, SSDSettings
 
 DETECTORS: dict[str, tuple[type[Any], Callable[..., Detector]]] = {
     "deep_sad": (DeepSADSettings, DeepSAD),
+    "ssd": (SSDSettings, SSD),
 }
 
 
