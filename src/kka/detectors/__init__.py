@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from kka.detectors.cmda import CMDA, CMDASettings
 from kka.detectors.contract import Detector, DetectorSettings
 from kka.detectors.deep_sad import DeepSAD, DeepSADSettings
 from kka.detectors.ssd import SSD, SSDSettings
@@ -15,6 +16,7 @@ from kka.detectors.ssd import SSD, SSDSettings
 DETECTORS: dict[str, tuple[type[Any], Callable[..., Detector]]] = {
     "deep_sad": (DeepSADSettings, DeepSAD),
     "ssd": (SSDSettings, SSD),
+    "cmda": (CMDASettings, CMDA),
 }
 
 

@@ -7,7 +7,7 @@ normals less the distance to the anomalies (the paper's SSD_k; with generated an
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SSDSettings:
-    """SSD's options; defaults are the official code's, presets small (few images) and cpu (small network)."""
+    """SSD's options; defaults are the official code's, presets small (images) and cpu (network)."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "small": {"arch": "resnet18", "batch_size": 128, "scale_lr": True, "n_epochs": None},
@@ -202,10 +202,13 @@ class SSD:
     def project(self, *views: Tensor) -> tuple[Tensor, ...]:
         """(B, 3, S, S) normalised, several times -> (B, 128) of length 1 each; one batch to BatchNorm."""
         joined = torch.cat(views).contiguous(memory_format=torch.channels_last)
-        enabled = self.settings.precision == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
+        with self.autocast():
             projected = self.model(joined)
         return projected.float().split([len(view) for view in views])
+
+    def autocast(self) -> torch.autocast:
+        """The precision of training steps."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16")
 
     def describe(self, train: TrainSet) -> None:
         """Mean, deviation and clusters of the normals' features, and the Gaussian of known anomalies."""
@@ -258,7 +261,7 @@ class SSD:
     def _n_epochs(self) -> int:
         return self.settings.n_epochs + self.settings.warmup if self.settings.n_epochs else 0
 
-    def _make_optimizer(self, parameters: Iterator[torch.nn.Parameter]) -> torch.optim.SGD:
+    def _make_optimizer(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.SGD:
         s = self.settings
         return torch.optim.SGD(parameters, lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay)
 
