@@ -1,5 +1,6 @@
 """Captions to vectors: TF-IDF reduced by SVD, which needs no model, or any text model on this machine."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,7 +64,10 @@ def model_vectors(sentences: Sequence[str], encoder: str, device: torch.device) 
 
 def _load(encoder: str) -> tuple[Any, Any]:
     from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging
 
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(encoder, local_files_only=True)
         model = AutoModel.from_pretrained(encoder, local_files_only=True)
@@ -74,4 +78,5 @@ def _load(encoder: str) -> tuple[Any, Any]:
         ) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"  # on the left it would shift the positions of the words
     return tokenizer, model
