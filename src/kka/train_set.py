@@ -21,7 +21,7 @@ class TrainSet:
     semi_targets: Tensor
     """(N,) -1 labelled anomaly, 0 unlabelled (presumed normal), +1 labelled normal"""
     captions: tuple[tuple[str, ...], ...] = ()
-    """N times the captions of an image; none at all where the set has no captions"""
+    """N times the captions of an image, () for one without; nothing at all if no image has any"""
 
     def __len__(self) -> int:
         return len(self.targets)

@@ -297,12 +297,13 @@ class SSD:
 
     def _features(self, images: Tensor) -> np.ndarray:
         """(N, 3, S, S) uint8 -> (N, D) float64, of the encoder in eval mode."""
-        return np.concatenate([self._features_of_unit(to_unit(part)) for part in images.split(SCORE_BATCH)])
+        parts = images.split(SCORE_BATCH)
+        return np.concatenate([self._features_of_unit(to_unit(part.to(self.device))) for part in parts])
 
     @torch.no_grad()
     def _features_of_unit(self, images: Tensor) -> np.ndarray:
         """(N, 3, S, S) in [0, 1] -> (N, D) float64."""
         self.model.eval()
-        inputs = normalize(images.to(self.device)).contiguous(memory_format=torch.channels_last)
+        inputs = normalize(images).contiguous(memory_format=torch.channels_last)
         features = torch.cat([self.model.encoder(part) for part in inputs.split(SCORE_BATCH)])
         return features.double().cpu().numpy()
