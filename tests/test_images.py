@@ -1,5 +1,6 @@
 """Files to tensors: exact resizing, every mode, damaged files, and the cache."""
 
+import math
 import struct
 import zlib
 
@@ -10,7 +11,9 @@ from PIL import Image
 from torchvision.transforms import Resize
 from toy import DAMAGED, draw, write_damaged
 
-from kka.datasets.images import cache_folder, content_digest, decode, read_image, working_side
+from kka.augment import RATIO, SCALE
+from kka.datasets import images
+from kka.datasets.images import cache_folder, content_digest, decode, read_image, read_native, working_side
 from kka.errors import UserError
 
 SIZES = [(20, 20), (33, 27), (200, 150), (1, 1)]
@@ -76,10 +79,16 @@ def test_without_working_copies_and_without_images(files):
 
 
 def test_working_side_is_the_largest_side_up_to_128(files):
-    assert working_side(files[:1]) == 20
-    assert working_side(files[:2]) == 33
-    assert working_side(files) == 128
-    assert working_side([]) == 1
+    sides = [read_native(part)[1] for part in (files[:1], files[:2], files, [])]
+    assert sides == [20, 33, 200, 1]
+    assert [working_side(side, size=32) for side in sides] == [20, 33, 128, 1]
+
+
+@pytest.mark.parametrize("size", [28, 32, 49, 64, 224, 288])
+def test_smallest_crop_of_a_working_copy_is_never_enlarged(size):
+    side = working_side(10_000, size)
+    assert side >= 128
+    assert side * math.sqrt(SCALE[0] * RATIO[0]) >= size
 
 
 def test_threads_do_not_matter(files, monkeypatch):
@@ -247,6 +256,14 @@ def test_cache_that_cannot_be_written_only_warns(files, tmp_path, monkeypatch, c
     monkeypatch.setenv("KKA_CACHE", str(tmp_path / "file" / "cache"))
     assert equal(read(files), expected)
     assert "not cached" in caplog.text
+
+
+def test_too_large_copies_are_not_kept_on_disk(files, cache, monkeypatch):
+    monkeypatch.setattr(images, "MAX_CACHED", 4 * 3 * (24**2 + 32**2))
+    read(files)
+    assert len(list(cache.iterdir())) == 1
+    read(files, size=33)
+    assert len(list(cache.iterdir())) == 1
 
 
 def test_cache_can_be_off_and_lies_in_the_users_cache_folder(files, cache, opened, monkeypatch, tmp_path):

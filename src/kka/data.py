@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kka.datasets.images import Decoded, content_digest, decode, working_side
+from kka.datasets.images import Decoded, content_digest, decode, read_native, working_side
 from kka.datasets.layout import Images
+from kka.datasets.native import Native
 from kka.datasets.task import Task
 from kka.errors import UserError
 from kka.seeds import derive_seed
@@ -42,6 +43,8 @@ class Data:
     normals: Decoded
     generated: Decoded
     test: Decoded
+    native: Native | None
+    """what the generated images were made like"""
 
     @property
     def n_skipped(self) -> int:
@@ -58,22 +61,39 @@ def digest_task(task: Task) -> tuple[str, str, str]:
 
 
 def load_data(
-    task: Task, digests: tuple[str, str, str], size: int, skip_bad: bool, threads: int, bgr: bool
+    task: Task,
+    digests: tuple[str, str, str],
+    size: int,
+    skip_bad: bool,
+    threads: int,
+    bgr: bool,
+    match: bool = True,
 ) -> Data:
-    """Decode a task's images; training images also at the working size. See `decode` for the arguments."""
-    side = working_side(task.normals.paths, skip_bad)
-    normals = decode(task.normals.paths, digests[0], side, size, skip_bad, threads, "normal images")
-    generated = decode(task.generated.paths, digests[1], side, size, skip_bad, threads, "generated anomalies")
-    test = decode(task.test.paths, digests[2], 0, size, skip_bad, threads, "test images")
-    if bgr:
-        normals, generated, test = (_swap_channels(part) for part in (normals, generated, test))
+    """Decode a task's images; training images also at the working size. See `decode` for the arguments.
+
+    With `match` generated images are first made like the normals, in size and compression.
+    """
+    common, largest = read_native(task.normals.paths, skip_bad)
+    native, side = common if match else None, working_side(largest, size)
+    if match:
+        _warn_of_small(task.generated, common, skip_bad)
+
+    def read(part: Images, digest: str, side: int, name: str) -> Decoded:
+        decoded = decode(
+            part.paths, digest, side, size, skip_bad, threads, name, native, generated=part.generated
+        )
+        return _swap_channels(decoded) if bgr else decoded
+
+    normals = read(task.normals, digests[0], side, "normal images")
+    generated = read(task.generated, digests[1], side, "generated anomalies")
+    test = read(task.test, digests[2], 0, "test images")
     kept = np.flatnonzero(generated.good.numpy())
     index = tuple(task.generated_index[i] for i in kept)
     for part, decoded in ((task.normals, normals), (task.generated, generated), (task.test, test)):
         for i in np.flatnonzero(~decoded.good.numpy()):
             log.warning("skipped %s, which cannot be read", part.paths[i])
     task = Task(_kept(task.normals, normals), _kept(task.generated, generated), index, _kept(task.test, test))
-    data = Data(task, normals, generated, test)
+    data = Data(task, normals, generated, test, native)
     if data.n_skipped:
         log.warning("%d unreadable images were skipped", data.n_skipped)
     return data
@@ -95,6 +115,7 @@ def build_train_set(data: Data, settings: LabelSettings, seed: int) -> tuple[Tra
     rows, semi_targets = _label(len(used), n_generated, settings, rng)
     rows = np.r_[used, n_normal + np.arange(n_generated)][rows]
     both = _concatenate(data.normals, data.generated)
+    captions = data.task.normals.captions + data.task.generated.captions
     index = torch.from_numpy(rows)
     train = TrainSet(
         both.images[index],
@@ -102,6 +123,7 @@ def build_train_set(data: Data, settings: LabelSettings, seed: int) -> tuple[Tra
         both.resized[index],
         (index >= n_normal).long(),
         torch.from_numpy(semi_targets),
+        tuple(captions[i] for i in rows),
     )
     return train, torch.from_numpy(np.sort(order[:n_heldout]))
 
@@ -125,6 +147,16 @@ def _label(
 
 def _kept(images: Images, decoded: Decoded) -> Images:
     return images.take([i for i, good in enumerate(decoded.good.tolist()) if good])
+
+
+def _warn_of_small(generated: Images, normal: Native, skip_bad: bool) -> None:
+    """What was never drawn cannot be made up for: enlarged images are blurred."""
+    own = read_native(generated.paths, skip_bad)[0]
+    if len(generated) and own.short_side < normal.short_side:
+        log.warning(
+            "the generated images (%d px) are smaller than the normals (%d px) and are enlarged: a detector "
+            "that takes large images may tell them by their blur", own.short_side, normal.short_side,
+        )  # fmt: skip
 
 
 def _swap_channels(decoded: Decoded) -> Decoded:

@@ -13,7 +13,8 @@ from kka.datasets import get_spec
 from kka.datasets.layout import ANOMALY_FOLDER, DataSetSpec
 from kka.datasets.sources import data_root
 from kka.datasets.task import Choice, Task, parse_user_dict, read_task
-from kka.detectors.deep_sad import DeepSAD, DeepSADSettings, check_settings
+from kka.detectors import build_detector, detector_name
+from kka.detectors.contract import DetectorSettings
 from kka.errors import UserError
 from kka.files import write_json
 from kka.metrics import format_interval, mean_interval
@@ -22,21 +23,21 @@ from kka.results import load_weights
 from kka.run import Run
 from kka.runs import CONFIG
 
+NETWORK_FLAGS = ("net_name", "arch", "backbone")  # of the detectors, for messages
+
 log = logging.getLogger(__name__)
 
 
-def run_experiment(settings: ExperimentSettings, detector: DeepSADSettings) -> list[dict[str, Any]]:
+def run_experiment(settings: ExperimentSettings, detector: DetectorSettings) -> list[dict[str, Any]]:
     """Run one experiment for every seed; returns the results, and with several seeds writes summary.json.
 
     Raises UserError for bad input, TrainingError for a run without a meaningful result.
     """
     spec = get_spec(settings.dataset_name)
     check_options(settings)
-    detector = replace(detector, n_epochs=spec.n_epochs if detector.n_epochs is None else detector.n_epochs)
-    check_settings(detector)
+    detector = fill_epochs(detector, spec)
     weights = load_weights(Path(settings.load_model)) if settings.load_model else None
-    if weights is not None:
-        check_weights(weights, detector, settings.load_model)
+    check_detector(detector, weights, settings.load_model)
     device = find_device(settings.device, settings.strict_device)
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
@@ -54,14 +55,22 @@ def run_experiment(settings: ExperimentSettings, detector: DeepSADSettings) -> l
     return results
 
 
-def check_weights(weights: dict[str, Tensor], detector: DeepSADSettings, path: str | None) -> None:
-    """Raises UserError if the weights are not those of the detector's network."""
+def fill_epochs(detector: Any, spec: DataSetSpec) -> Any:
+    """The settings of a detector with the paper's epochs of this data set where it has n_epochs of None."""
+    asked = getattr(detector, "n_epochs", 0)
+    return detector if asked is not None else replace(detector, n_epochs=spec.n_epochs)
+
+
+def check_detector(detector: DetectorSettings, weights: dict[str, Tensor] | None, path: str | None) -> None:
+    """Raises UserError if the settings make no sense, or the weights are those of another network."""
+    trial = build_detector(detector)
     try:
-        DeepSAD(detector).load_state_dict(weights)
+        if weights is not None:
+            trial.load_state_dict(weights)
     except RuntimeError:
-        raise UserError(
-            f"--load_model {path} holds another network than --net_name {detector.net_name}"
-        ) from None
+        flags = [f" --{key} {getattr(detector, key)}" for key in NETWORK_FLAGS if hasattr(detector, key)]
+        network = f"--detector {detector_name(detector)}{''.join(flags)}"
+        raise UserError(f"--load_model {path} holds another network than {network}") from None
 
 
 def choose_task(settings: ExperimentSettings, spec: DataSetSpec, root: Path) -> Task:

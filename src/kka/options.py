@@ -54,6 +54,9 @@ class ExperimentSettings:
     easy_top_k: int | None = option(
         None, "take the K highest scores as easy (official: 100); None: all not hard"
     )
+    match_generated: bool = option(
+        True, "first bring generated images to the size and JPEG quality of the normals (official code: not)"
+    )
     bgr: bool = option(False, "swap red and blue, as the official code")
     skip_bad_images: bool = option(False, "leave unreadable images out and count them, instead of stopping")
     checkpoint_every: float = option(10.0, "seconds between two checkpoints")

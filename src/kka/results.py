@@ -1,5 +1,6 @@
 """What a finished run leaves behind: scores, hard and easy anomalies, the model."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,15 +67,15 @@ def test_metrics(targets: tuple[int, ...], scores: Tensor) -> dict[str, Any]:
     return {"test_auc": auroc(targets, values), "test_aupr": aupr(targets, values), "test_scores": rows}
 
 
-def check_scores(*scores: Tensor) -> None:
-    """Raises TrainingError if scores are not finite or, rounded to 1e-8, all the same."""
+def check_scores(name: str, *scores: Tensor) -> None:
+    """Raises TrainingError if the scores of a detector are not finite or, rounded to 1e-8, all the same."""
     values = torch.cat(scores).double()
     if not values.isfinite().all():
-        raise TrainingError("some scores are not finite; lower --lr or --eta")
+        raise TrainingError("some scores are not finite; lower the learning rate")
     if len(values) > 1 and len(values.mul(1e8).round().unique()) < 2:
         raise TrainingError(
-            "hypersphere collapsed: all images have the same score, so no AUC is reported; "
-            "lower --lr, or add generated anomalies"
+            f"{'hypersphere' if name == 'deep_sad' else name} collapsed: all images have the same score, so "
+            "no AUC is reported; lower the learning rate, or add generated anomalies"
         )
 
 
@@ -84,6 +85,11 @@ def save_model(folder: Path, state: dict[str, Tensor], card: dict[str, Any]) -> 
     write_bytes(folder / MODEL, safetensors.torch.save(weights))
     normalization = {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
     write_json(folder / MODEL_CARD, {**card, "normalization": normalization}, indent=2)
+
+
+def digest_weights(state: dict[str, Tensor]) -> str:
+    """Short hash of a model's tensors."""
+    return hashlib.sha256(safetensors.torch.save(state)).hexdigest()[:12]
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:

@@ -15,14 +15,25 @@ from torch import Tensor
 
 from kka.data import Data, build_train_set, digest_task, load_data
 from kka.datasets.layout import DataSetSpec
+from kka.datasets.native import Native
 from kka.datasets.task import Task
-from kka.detectors.deep_sad import DeepSAD, DeepSADSettings
+from kka.detectors import DETECTORS, build_detector, detector_name
+from kka.detectors.contract import Detector, DetectorSettings
 from kka.errors import UserError
 from kka.files import read_json, write_json
 from kka.journal import Journal
 from kka.metrics import auroc
 from kka.options import PLACE, ExperimentSettings
-from kka.results import MODEL_CARD, Scored, check_scores, load_weights, save_model, test_metrics, write_split
+from kka.results import (
+    MODEL_CARD,
+    Scored,
+    check_scores,
+    digest_weights,
+    load_weights,
+    save_model,
+    test_metrics,
+    write_split,
+)
 from kka.runs import LOG, RESULTS, ROOT, claim, fingerprint, locked, write_config
 from kka.seeds import derive_seed, generator
 from kka.settings import make_settings
@@ -37,11 +48,16 @@ class Run:
     """One seed of an experiment."""
 
     settings: ExperimentSettings
-    detector_settings: DeepSADSettings
+    detector_settings: DetectorSettings
     spec: DataSetSpec
     task: Task
     device: torch.device
     weights: dict[str, Tensor] | None
+
+    @property
+    def name(self) -> str:
+        """The detector's."""
+        return detector_name(self.detector_settings)
 
     @cached_property
     def digests(self) -> tuple[str, str, str]:
@@ -54,13 +70,12 @@ class Run:
         task = self.task
         chosen = {key: value for key, value in asdict(self.settings).items() if key not in PLACE}
         data = [self.digests, task.normals.targets, task.test.targets, task.generated_index]
-        weights = {key: value.tolist() for key, value in (self.weights or {}).items()}
         return {
-            "detector": "deep_sad",
+            "detector": self.name,
             **chosen,
             **asdict(self.detector_settings),
             "data": fingerprint(data),
-            "load_model": fingerprint(weights) if weights else None,
+            "load_model": digest_weights(self.weights) if self.weights else None,
         }
 
     @cached_property
@@ -80,7 +95,7 @@ class Run:
         seeds = f"runs{self.settings.runs}" if several else f"seed{self.settings.seed}"
         mode = "_iterate" if self.settings.iterate else ""
         n_anomalies = len(self.task.generated)
-        return f"deep_sad_{normal}_anomalies{n_anomalies}{mode}_{seeds}_{fingerprint(same)[:6]}"
+        return f"{self.name}_{normal}_anomalies{n_anomalies}{mode}_{seeds}_{fingerprint(same)[:6]}"
 
     def execute(self) -> dict[str, Any]:
         """Train, test and write the run folder; a finished run is read, an interrupted one continued."""
@@ -88,7 +103,8 @@ class Run:
             if claim(self.folder, self.identity, self.settings.overwrite):
                 log.info("%s is finished; give --overwrite to repeat it", self.folder)
                 return read_json(self.folder / RESULTS)
-            settings = {**asdict(self.settings), "runs": 1, **asdict(self.detector_settings)}
+            own = {"detector": self.name, **asdict(self.detector_settings)}
+            settings = {**asdict(self.settings), "runs": 1, **own}
             write_config(self.folder, self.identity, settings)
             torch.set_flush_denormal(True)  # denormal numbers slow a CPU many times
             with log_to(self.folder / LOG):
@@ -97,7 +113,8 @@ class Run:
     def _train_and_test(self) -> dict[str, Any]:
         s, detector = self.settings, self._new_detector()
         size, threads = detector.image_size, s.n_jobs_dataloader
-        data = load_data(self.task, self.digests, size, s.skip_bad_images, threads, s.bgr)
+        reading = (s.skip_bad_images, threads, s.bgr, s.match_generated)
+        data = load_data(self.task, self.digests, size, *reading)
         train, heldout = build_train_set(data, s, s.seed)
         self._announce(data, train)
         targets, journal = data.task.test.targets, self._journal(self.folder)
@@ -106,18 +123,18 @@ class Run:
         test_scores = detector.score(data.test.resized)
         times = {"train_time": journal.seconds("train"), "test_time": time.monotonic() - began}
         normals = threshold_images(s.threshold_from, data, train, heldout)
-        check_scores(test_scores, detector.score(normals))
+        check_scores(self.name, test_scores, detector.score(normals))
         split = self._split(detector, data, train, normals)
         results = {**times, **test_metrics(targets, test_scores), **split.counts()}
         results |= {"n_skipped": data.n_skipped, "seed": s.seed}
-        self._write(detector, journal, split, results)
+        self._write(detector, journal, split, results, data.native)
         return results
 
-    def _split(self, detector: DeepSAD, data: Data, train: TrainSet, normals: Tensor) -> Scored:
+    def _split(self, detector: Detector, data: Data, train: TrainSet, normals: Tensor) -> Scored:
         """Eq. (6) over the generated images, by the detector itself or by cross-fit."""
         s = self.settings
 
-        def threshold_of(judge: DeepSAD) -> float:
+        def threshold_of(judge: Detector) -> float:
             return hardness_threshold(judge.score(normals).numpy(), s.threshold_quantile, s.hard_margin)
 
         n = len(data.task.generated)
@@ -136,7 +153,7 @@ class Run:
             task.generated_index, task.generated.captions, scores, hard, easy, threshold_of(detector)
         )
 
-    def _crossfit(self, data: Data, train: TrainSet) -> Iterator[tuple[np.ndarray, DeepSAD]]:
+    def _crossfit(self, data: Data, train: TrainSet) -> Iterator[tuple[np.ndarray, Detector]]:
         """Two detectors, each trained without the half of the generated anomalies that it judges.
 
         Every training anomaly counts here as labelled, whatever the ratios say.
@@ -155,8 +172,9 @@ class Run:
             judge.fit(part, self._journal(folder))
             yield rows.numpy(), judge
 
-    def _new_detector(self, fold: int = 0) -> DeepSAD:
-        detector = DeepSAD(self.detector_settings, derive_seed(self.settings.seed, "fold", fold), self.device)
+    def _new_detector(self, fold: int = 0) -> Detector:
+        seed = derive_seed(self.settings.seed, "fold", fold)
+        detector = build_detector(self.detector_settings, seed, self.device)
         if self.weights is not None:
             detector.load_state_dict(self.weights)
         return detector
@@ -175,23 +193,32 @@ class Run:
             len(task.test), task.test.targets.count(0),
         )  # fmt: skip
 
-    def _write(self, detector: DeepSAD, journal: Journal, split: Scored, results: dict[str, Any]) -> None:
+    def _write(
+        self,
+        detector: Detector,
+        journal: Journal,
+        split: Scored,
+        results: dict[str, Any],
+        native: Native | None,
+    ) -> None:
         """Write every file of the run folder; results.json last, because it marks the run as finished."""
         write_split(self.folder, split)
+        state = detector.state_dict()
         card = {
-            "detector": "deep_sad",
+            "detector": self.name,
             "settings": asdict(self.detector_settings),
             "image_size": detector.image_size,
             "threshold": split.threshold,
-            "center": detector.model.center.tolist(),
+            **({"center": state["center"].tolist()} if "center" in state else {}),
+            "native": asdict(native) if native else None,
             "channels": "BGR" if self.settings.bgr else "RGB",
         }
-        save_model(self.folder, detector.state_dict(), card)
+        save_model(self.folder, state, card)
         losses, aucs = journal.series("train", "loss"), journal.series("train", "test_auc")
         write_json(self.folder / "epoch_results.json", {"train_losses": losses, "test_aucs": aucs})
         if journal.seconds("pretrain"):
             seconds, losses = journal.seconds("pretrain"), journal.series("pretrain", "loss")
-            pretraining = {"train_time": seconds, "train_losses": losses, **journal.facts["ae"]}
+            pretraining = {"train_time": seconds, "train_losses": losses, **journal.facts.get("ae", {})}
             write_json(self.folder / "ae_results.json", pretraining)
         write_json(self.folder / RESULTS, results)
         for checkpoint in self.folder.rglob("checkpoint*.pt"):  # nothing is left to resume
@@ -199,12 +226,22 @@ class Run:
         _report(results)
 
 
-def load_detector(run: Path, device: torch.device) -> DeepSAD:
+def load_detector(run: Path, device: torch.device) -> Detector:
     """The trained detector of a finished run."""
-    settings = make_settings(DeepSADSettings, read_json(run / MODEL_CARD)["settings"])
-    detector = DeepSAD(settings, device=device)
+    card = read_json(run / MODEL_CARD)
+    settings = make_settings(DETECTORS[card["detector"]][0], card["settings"])
+    detector = build_detector(settings, device=device)
     detector.load_state_dict(load_weights(run))
     return detector
+
+
+def load_native(run: Path) -> Native | None:
+    """What a finished run made its generated images like; None if they stayed as they were."""
+    native = read_json(run / MODEL_CARD)["native"]
+    if native is None:
+        return None
+    tables = tuple(tuple(table) for table in native["jpeg_tables"])
+    return Native(native["short_side"], tables, native["jpeg_sampling"])
 
 
 def threshold_images(source: str, data: Data, train: TrainSet, heldout: Tensor) -> Tensor:

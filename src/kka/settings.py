@@ -19,26 +19,42 @@ def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> A
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """argparse that reports bad input as every other bad input: one sentence."""
+
+    appendix = ""
+    """what --help prints behind the flags"""
 
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(f"{message}; see --help")
 
+    def format_help(self) -> str:
+        return super().format_help() + self.appendix
 
-def build_parser(description: str, *settings_classes: type, **prefixed: type) -> argparse.ArgumentParser:
+
+def build_parser(description: str, *settings_classes: type, **prefixed: type) -> Parser:
     """A parser with one flag per field; flags that are not given are absent from the result.
 
     Flags of `llm=LanguageModelSettings` begin with --llm_; `take_prefix` finds their values.
     """
-    parser = _Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for prefix, settings_class in [*(("", cls) for cls in settings_classes), *prefixed.items()]:
-        title = (settings_class.__doc__ or "").splitlines()[0]
-        group = parser.add_argument_group(title)
-        hints = typing.get_type_hints(settings_class)
-        for field in dataclasses.fields(settings_class):
-            _add_flag(group, prefix, field, *_element_type(hints[field.name]))
+        _add_group(parser, settings_class, prefix)
     return parser
+
+
+def format_flags(settings_class: type) -> str:
+    """The flags of one class as --help prints them."""
+    parser = Parser(usage=argparse.SUPPRESS, add_help=False, argument_default=argparse.SUPPRESS)
+    _add_group(parser, settings_class, "")
+    return parser.format_help()
+
+
+def _add_group(parser: argparse.ArgumentParser, settings_class: type, prefix: str) -> None:
+    group = parser.add_argument_group((settings_class.__doc__ or "").splitlines()[0].rstrip("."))
+    hints = typing.get_type_hints(settings_class)
+    for field in dataclasses.fields(settings_class):
+        _add_flag(group, prefix, field, *_element_type(hints[field.name]))
 
 
 def take_prefix(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Each of these folders may hold `captions.json`: {file name: caption or list of c
 
 from pathlib import Path
 
-from kka.datasets.layout import DataSetSpec, Images, list_images
+from kka.datasets.layout import ANOMALY_FOLDER, DataSetSpec, Images, list_images
 from kka.errors import UserError
 from kka.files import read_json
 
@@ -52,7 +52,9 @@ def read_kind(folder: Path, target: int) -> Images:
     if unknown:
         raise UserError(f"{folder / 'captions.json'} names {unknown[0]!r}, which is not an image in {folder}")
     captions = tuple(known.get(path.name, ()) for path in paths)
-    return Images(paths, (target,) * len(paths), (folder.name,) * len(paths), captions)
+    # The class "0" means generated everywhere; a real kind of that name is none of it.
+    name = f"kind_{folder.name}" if folder.name == str(ANOMALY_FOLDER) else folder.name
+    return Images(paths, (target,) * len(paths), (name,) * len(paths), captions)
 
 
 def _read_captions(path: Path) -> dict[str, tuple[str, ...]]:

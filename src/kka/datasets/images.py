@@ -1,11 +1,13 @@
 """Files to tensors: every image is decoded once, in threads, and the result is cached on disk by content.
 
 RandomResizedCrop(32, scale 0.2-1) cuts out at least sqrt(0.2 * 3/4) = 0.39 of a side, so an image of 128 px
-gives crops of 50 px or more: a working size of 128 px is never enlarged and loses nothing for 32 px.
+gives crops of 50 px or more: a working size of 128 px is never enlarged and loses nothing for 32 px. For a
+detector that takes larger images the working size grows, so that the smallest crop still has its size.
 """
 
 import hashlib
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,12 +22,15 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
+from kka.datasets.native import Native, common_native, native_of
 from kka.errors import UserError
 from kka.files import write_bytes
 
 CACHE_VERSION = 1  # of the decoding below; another version does not read older caches
-MAX_WORKING_SIDE = 128
+MAX_WORKING_SIDE = 128  # for a detector of up to 49 px
+SMALLEST_CROP = math.sqrt(0.2 * 3 / 4)  # of a side
 MAX_PIXELS = 64_000_000  # a larger picture is taken for a decompression bomb
+MAX_CACHED = 256 * 2**20  # bytes; enlarged copies of many files are made anew as fast as they are read
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # read_image has a stricter limit
 warnings.filterwarnings("ignore", "Palette images with Transparency", UserWarning)
@@ -47,17 +52,23 @@ class Decoded:
     """(number of paths,) bool, False for files that were skipped as unreadable; N is their number of Trues"""
 
 
-def working_side(paths: Sequence[Path], skip_bad: bool = False) -> int:
-    """Side of the square working copies: the largest side of any file, at most 128 px."""
-    sides = [1]
+def read_native(paths: Sequence[Path], skip_bad: bool = False) -> tuple[Native, int]:
+    """What image files are like, without decoding them, and the largest side of any, at least 1."""
+    natives, sides = [], [1]
     for path in paths:
         try:
             with _open(path) as picture:
+                natives.append(native_of(picture))
                 sides.append(max(picture.size))
         except UserError:
             if not skip_bad:
                 raise
-    return min(MAX_WORKING_SIDE, max(sides))
+    return common_native(natives), max(sides)
+
+
+def working_side(largest: int, size: int) -> int:
+    """Side of the square working copies of files of that largest side, for a detector of `size` px."""
+    return min(largest, max(MAX_WORKING_SIDE, math.ceil(size / SMALLEST_CROP)))
 
 
 def decode(
@@ -68,6 +79,8 @@ def decode(
     skip_bad: bool = False,
     threads: int = 0,
     name: str = "images",
+    native: Native | None = None,
+    generated: Sequence[bool] | None = None,
 ) -> Decoded:
     """Read images, from the cache if the same files were decoded before.
 
@@ -79,19 +92,22 @@ def decode(
         skip_bad: leave unreadable files out instead of raising UserError.
         threads: 0 means one per core.
         name: what the progress bar calls them.
+        native: what generated images are first made like; None: they stay as they are.
+        generated: which of the images that concerns; None: all.
     """
     if not paths:
         empty = torch.empty(0, 3, size, size, dtype=torch.uint8)
         images, sizes = torch.empty(0, 3, side, side, dtype=torch.uint8), torch.empty(0, 2, dtype=torch.long)
         return Decoded(images, sizes, empty, torch.empty(0, dtype=torch.bool))
-    cached = _cache_file(digest, side, size, skip_bad)
+    like = [native if generated is None or generated[i] else None for i in range(len(paths))]
+    cached = _cache_file(digest, side, size, skip_bad, like)
     if cached is not None and cached.exists():
         try:
             return Decoded(**safetensors.torch.load(cached.read_bytes()))
         except (OSError, safetensors.SafetensorError, TypeError):
             log.warning("the cache %s is damaged and made anew", cached)
-    decoded = _decode_all(paths, side, size, skip_bad, threads, name)
-    if cached is not None:
+    decoded = _decode_all(paths, side, size, skip_bad, threads, name, like)
+    if cached is not None and decoded.images.nbytes + decoded.resized.nbytes <= MAX_CACHED:
         _store(cached, decoded)
     return decoded
 
@@ -126,33 +142,49 @@ def _open(path: Path) -> Image.Image:
 
 
 def _decode_all(
-    paths: Sequence[Path], side: int, size: int, skip_bad: bool, threads: int, name: str
+    paths: Sequence[Path],
+    side: int,
+    size: int,
+    skip_bad: bool,
+    threads: int,
+    name: str,
+    like: Sequence[Native | None],
 ) -> Decoded:
     n = len(paths)
-    images = np.empty((n, side, side, 3), np.uint8)
-    resized = np.empty((n, size, size, 3), np.uint8)
-    native_sizes, good = np.zeros((n, 2), np.int64), np.ones(n, bool)
+    images = torch.empty(n, 3, side, side, dtype=torch.uint8)
+    resized = torch.empty(n, 3, size, size, dtype=torch.uint8)
+    native_sizes, good = torch.zeros(n, 2, dtype=torch.long), torch.ones(n, dtype=torch.bool)
 
     def decode_one(i: int) -> None:
         try:
-            picture = read_image(paths[i])
+            picture = _read_like(paths[i], like[i])
         except UserError:
             if not skip_bad:
                 raise
             good[i] = False
             return
-        native_sizes[i] = picture.height, picture.width
-        resized[i] = np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR))
+        native_sizes[i] = torch.tensor([picture.height, picture.width])
+        resized[i] = _pixels(picture.resize((size, size), Image.Resampling.BILINEAR))
         if side:
-            images[i] = np.asarray(picture.resize((side, side), Image.Resampling.LANCZOS))
+            images[i] = _pixels(picture.resize((side, side), Image.Resampling.LANCZOS))
 
     _in_threads(decode_one, n, threads, f"decoding {name}")
-    return Decoded(
-        _channels_first(images[good]),
-        torch.from_numpy(native_sizes[good]),
-        _channels_first(resized[good]),
-        torch.from_numpy(good),
-    )
+    if good.all():  # the usual case, without a copy
+        return Decoded(images, native_sizes, resized, good)
+    return Decoded(images[good], native_sizes[good], resized[good], good)
+
+
+def _read_like(path: Path, native: Native | None) -> Image.Image:
+    """An image file as RGB, made like `native` if there is one."""
+    picture = read_image(path)
+    if native is None:
+        return picture
+    with _open(path) as file:
+        return native.apply(picture, native_of(file))
+
+
+def _pixels(picture: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def _in_threads(work: Callable[[int], None], n: int, threads: int, title: str) -> None:
@@ -168,10 +200,6 @@ def _in_threads(work: Callable[[int], None], n: int, threads: int, title: str) -
             raise
 
 
-def _channels_first(images: np.ndarray) -> Tensor:
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-
-
 def content_digest(paths: Sequence[Path]) -> str:
     """SHA-256 over the contents of files, in their order."""
     digest = hashlib.sha256()
@@ -183,11 +211,14 @@ def content_digest(paths: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _cache_file(digest: str, side: int, size: int, skip_bad: bool) -> Path | None:
+def _cache_file(
+    digest: str, side: int, size: int, skip_bad: bool, like: Sequence[Native | None]
+) -> Path | None:
     """Named by the content of the files, so that a changed file is never served from the cache."""
     if os.environ.get("KKA_CACHE") == "off":
         return None
-    key = repr((CACHE_VERSION, Image.__version__, digest, side, size, skip_bad))
+    changed = (like,) if any(like) else ()
+    key = repr((CACHE_VERSION, Image.__version__, digest, side, size, skip_bad, *changed))
     return cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:40]}.safetensors"
 
 

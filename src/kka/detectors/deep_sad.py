@@ -6,7 +6,7 @@ score is the squared distance to c. Implementation details are numbered in docs/
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import MultiStepLR
 
 from kka.augment import augment, luma, normalize, to_unit
+from kka.detectors.contract import Evaluate
 from kka.errors import TrainingError, UserError
 from kka.journal import Journal, Stateful
 from kka.networks.lenet import NETWORKS, Autoencoder, build_network
@@ -29,9 +30,6 @@ SCORE_BATCH = 256
 OPTIMIZERS = ("adam", "amsgrad")
 
 M = TypeVar("M", bound=nn.Module)
-
-Evaluate = Callable[[Callable[[Tensor], Tensor]], float | None]
-"""Takes a function from images to scores, returns the test AUC"""
 
 
 @dataclass(frozen=True)
@@ -286,11 +284,13 @@ def make_optimizer(name: str, model: nn.Module, lr: float, weight_decay: float) 
     )
 
 
-def gradient_step(optimizer: torch.optim.Optimizer, loss: Tensor, where: str) -> float:
-    """One gradient step; returns the loss, raises TrainingError if it is not finite."""
+def gradient_step(
+    optimizer: torch.optim.Optimizer, loss: Tensor, where: str, advice: str = "lower --lr or --eta"
+) -> float:
+    """One gradient step; returns the loss, raises TrainingError with the advice if it is not finite."""
     value = loss.item()
     if not math.isfinite(value):
-        raise TrainingError(f"the loss became {value} in {where}; lower --lr or --eta")
+        raise TrainingError(f"the loss became {value} in {where}; {advice}")
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
