@@ -14,18 +14,18 @@ from pathlib import Path
 import torch
 
 from kka.algorithm import run_kka
+from kka.command_line import parse_command
 from kka.datasets import get_spec
 from kka.datasets.sources import data_root
-from kka.detectors.deep_sad import DeepSADSettings, check_settings
 from kka.drawers import DrawerSettings
 from kka.errors import run_script
-from kka.experiment import find_device
+from kka.experiment import check_detector, fill_epochs, find_device
 from kka.language_models import LanguageModelSettings
 from kka.loop import Loop, LoopSettings
 from kka.loop_folder import check_loop, default_folder, opened, report_loop
 from kka.pairs import PairSettings
 from kka.preference_trainer import TuneSettings
-from kka.settings import build_parser, make_settings, take_prefix
+from kka.settings import make_settings, take_prefix
 
 PREFIXED = {
     "llm": LanguageModelSettings,
@@ -38,15 +38,14 @@ PREFIXED = {
 def main() -> None:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     torch.set_flush_denormal(True)  # before there are threads, which inherit it
-    parser = build_parser("Algorithm 1, unattended.", LoopSettings, DeepSADSettings, **PREFIXED)
-    flags = vars(parser.parse_args())
-    settings, detector = make_settings(LoopSettings, flags), make_settings(DeepSADSettings, flags)
+    flags, detector = parse_command("Algorithm 1, unattended.", LoopSettings, **PREFIXED)
+    settings = make_settings(LoopSettings, flags)
     llm, drawer, tuning, pairs = (
         make_settings(cls, take_prefix(prefix, flags)) for prefix, cls in PREFIXED.items()
     )
     spec = get_spec(settings.dataset_name)
-    detector = replace(detector, n_epochs=spec.n_epochs if detector.n_epochs is None else detector.n_epochs)
-    check_settings(detector)
+    detector = fill_epochs(detector, spec)
+    check_detector(detector, None, None)
     device, root = find_device(settings.device, strict=False), data_root(spec, settings.data_path)
     folder = Path(settings.xp_path).expanduser() if settings.xp_path else Path()
     loop = Loop(folder, root, spec, settings, detector, llm, drawer, tuning, pairs, device)

@@ -14,7 +14,7 @@ from kka.datasets.task import read_anomalies
 from kka.errors import UserError
 from kka.files import read_json
 from kka.results import MODEL_CARD, Scored
-from kka.run import load_detector
+from kka.run import load_detector, load_native
 from kka.runs import RESULTS
 from kka.seeds import derive_seed
 from kka.settings import option
@@ -66,7 +66,8 @@ def judge_folder(run: Path, folder: Path, spec: DataSetSpec, device: torch.devic
     detector, card = load_detector(run, device), read_json(run / MODEL_CARD)
     images = read_anomalies(folder, spec)
     size = detector.image_size
-    resized = decode(images.paths, content_digest(images.paths), 0, size, name="fresh anomalies").resized
+    digest, native = content_digest(images.paths), load_native(run)
+    resized = decode(images.paths, digest, 0, size, name="fresh anomalies", native=native).resized
     scores = detector.score(resized).double().numpy()
     hard = hard_anomalies(scores, card["threshold"])
     index = tuple(range(len(images)))

@@ -21,7 +21,8 @@ from kka.anomalies import MODES, PER_ROUND, read_items, record_split
 from kka.datasets.layout import NAME_LIST, DataSetSpec, Images
 from kka.datasets.task import Choice, read_task
 from kka.describe import CaptionSettings, ask_for_captions, choose_examples, find_examples
-from kka.detectors.deep_sad import DeepSADSettings
+from kka.detectors import detector_name
+from kka.detectors.contract import DetectorSettings
 from kka.draw import ImageSettings, draw_captions, read_captions
 from kka.drawers import DrawerSettings, build_drawer
 from kka.errors import UserError
@@ -83,7 +84,7 @@ class Loop:
     root: Path
     spec: DataSetSpec
     settings: LoopSettings
-    detector: DeepSADSettings
+    detector: DetectorSettings
     llm: LanguageModelSettings
     drawer: DrawerSettings
     tuning: TuneSettings
@@ -234,7 +235,7 @@ class Loop:
                 split=s.split if i == 0 else "own", threshold_quantile=s.threshold_quantile, seed=seed,
                 device=str(self.device),
             )  # fmt: skip
-            self._say("src/main.py", settings, self.detector)
+            self._say("src/main.py", settings, self.detector, detector=detector_name(self.detector))
             results = Run(settings, self.detector, self.spec, task, self.device, None).execute()
             aucs.append(results["test_auc"])
         return aucs
@@ -293,7 +294,7 @@ class Loop:
 
 def describe_settings(loop: Loop) -> dict[str, Any]:
     """All settings of a loop as JSON values, for its config.json."""
-    prefixed: dict[str, Any] = {}
+    prefixed: dict[str, Any] = {"detector": detector_name(loop.detector)}
     parts: dict[str, Any] = {"llm": loop.llm, "drawer": loop.drawer, "tune": loop.tuning, "pairs": loop.pairs}
     for name, part in parts.items():
         prefixed |= {f"{name}_{key}": value for key, value in asdict(part).items()}
