@@ -60,7 +60,8 @@ def test_embedding_equals_official_code():
     first = patchify(layer2, 3)[0].flatten(1).T.unflatten(1, (8, 3, 3))
     close(first, expected["output_patchify_layer2_first_image"])
     close(
-        patchify(layer3, 3).flatten(2).transpose(1, 2).unflatten(2, (16, 3, 3)), expected["output_patchify_layer3"]
+        patchify(layer3, 3).flatten(2).transpose(1, 2).unflatten(2, (16, 3, 3)),
+        expected["output_patchify_layer3"],
     )
     every_second = patchify(layer2, 5)[0, :, ::2, ::2]
     close(

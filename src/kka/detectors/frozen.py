@@ -30,9 +30,7 @@ class FrozenSettings(BackboneSettings):
     """Options of the frozen features."""
 
     image_size: int = option(224, "side of the images")
-    head: str = option(
-        "knn", "with anomalies: difference of two distances, or logistic", ("knn", "logistic")
-    )
+    head: str = option("knn", "with anomalies: difference of two distances, or logistic", ("knn", "logistic"))
     n_neighbors: int = option(2, "neighbours whose distances are averaged")
     logistic_c: float = option(10.0, "inverse strength of the penalty of the logistic head")
 
@@ -154,7 +152,7 @@ def spatial_mean(features: Tensor) -> Tensor:
 
 
 def fit_logistic(normals: Tensor, anomalies: Tensor, c: float) -> dict[str, Tensor]:
-    """Weight (D,) and bias () of a logistic regression that scores anomalies high; both kinds weigh the same."""
+    """Weight (D,) and bias () of a logistic regression that scores anomalies high; both kinds weigh alike."""
     head = LogisticRegression(C=c, class_weight="balanced", max_iter=1000)
     targets = np.r_[np.zeros(len(normals)), np.ones(len(anomalies))]
     head.fit(torch.cat([normals, anomalies]).double().numpy(), targets)

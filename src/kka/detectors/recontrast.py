@@ -31,6 +31,9 @@ WEIGHT_DECAY = 1e-5
 FIRST_ALPHA, LAST_ALPHA, RAMP = -3.0, 1.0, 0.1  # hard mining sets in over the first tenth of the iterations
 TOP_SHARE = 0.01  # of the pixels, for --image_score top
 
+Pairs = list[tuple[Tensor, Tensor]]
+"""Target and rebuilt features (N, C_l, h_l, w_l): three levels of each encoder"""
+
 
 @dataclass(frozen=True)
 class ReContrastSettings(BackboneSettings):
@@ -54,7 +57,9 @@ class ReContrastSettings(BackboneSettings):
     kka_weight: float = option(1.0, "weight of that term")
     kka_margin: float = option(1.0, "distance beyond which a generated anomaly is far enough")
     kka_batch: str = option(
-        "separate", "generated anomalies pass in evaluation mode, or in the normals' batch", ("separate", "mixed")
+        "separate",
+        "generated anomalies pass in evaluation mode, or in the normals' batch",
+        ("separate", "mixed"),
     )
     precision: str = option(
         "float32", "of the training steps; scores are always float32", ("float32", "bfloat16")
@@ -98,25 +103,26 @@ def global_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def mine_hard(output: Tensor, target: Tensor, alpha: float) -> Tensor:
-    """The same output, but no gradient where it is close to the target: below mean + alpha std of the batch."""
+    """The output, without gradient where it is close to the target: below mean + alpha std of the batch."""
     distance = point_distance(output, target).detach()
     far = distance >= distance.mean() + alpha * distance.std()
     return torch.where(far[:, None], output, output.detach())
 
 
-def recontrast_loss(targets: list[Tensor], outputs: list[Tensor], alpha: float) -> Tensor:
-    """Half the sum of the mean global distances of the six pairs, gradients only at hard places; in [0, 6]."""
-    targets = [target.detach() for target in targets]
-    pairs = zip(targets, outputs, strict=True)
-    return sum(global_distance(t, mine_hard(o, t, alpha)).mean() for t, o in pairs) / 2  # type: ignore[return-value]
+def recontrast_loss(pairs: Pairs, alpha: float) -> Tensor:
+    """Half the sum of the mean global distances of six pairs, gradients only at hard places; in [0, 6]."""
+    distances = [
+        global_distance(target.detach(), mine_hard(output, target, alpha)) for target, output in pairs
+    ]
+    return torch.stack(distances).mean(1).sum() / 2
 
 
-def repulsion(targets: list[Tensor], outputs: list[Tensor], kind: str, margin: float) -> Tensor:
+def repulsion(pairs: Pairs, kind: str, margin: float) -> Tensor:
     """What generated anomalies add to the loss: the mean over the six pairs, small where they are far."""
-    pairs = [(target.detach(), output) for target, output in zip(targets, outputs, strict=True)]
     if kind == "similarity":
-        return torch.stack([(1 - point_distance(t, o)).clamp(min=0).mean() for t, o in pairs]).mean()
-    distances = torch.stack([global_distance(t, o) for t, o in pairs])
+        similarities = [1 - point_distance(target.detach(), output) for target, output in pairs]
+        return torch.stack([similarity.clamp(min=0).mean() for similarity in similarities]).mean()
+    distances = torch.stack([global_distance(target.detach(), output) for target, output in pairs])
     return -distances.mean() if kind == "signed" else (margin - distances).clamp(min=0).mean()
 
 
@@ -126,10 +132,9 @@ def mining_alpha(iteration: int, n_iterations: int) -> float:
     return min(FIRST_ALPHA + (LAST_ALPHA - FIRST_ALPHA) * share, LAST_ALPHA)
 
 
-def sum_maps(targets: list[Tensor], outputs: list[Tensor], size: tuple[int, int]) -> Tensor:
+def sum_maps(pairs: Pairs, size: tuple[int, int]) -> Tensor:
     """Sum of the enlarged point distances of all pairs. -> (N, H, W)."""
-    pairs = zip(targets, outputs, strict=True)
-    distances = [point_distance(t, o)[:, None] for t, o in pairs]
+    distances = [point_distance(target, output)[:, None] for target, output in pairs]
     large = [F.interpolate(d, size, mode="bilinear", align_corners=True) for d in distances]
     return torch.cat(large, 1).sum(1)
 
@@ -159,8 +164,8 @@ class ContrastiveReconstruction(nn.Module):
             kaiming(self.bottleneck)
             kaiming(self.decoder)
 
-    def forward(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """(N, 3, S, S) uint8 -> six targets and their reconstructions, (N, C_l, h_l, w_l) each.
+    def forward(self, images: Tensor) -> Pairs:
+        """(N, 3, S, S) uint8 -> six pairs.
 
         First the frozen encoder's features, rebuilt from the trained one's code, then the reverse.
         """
@@ -168,7 +173,8 @@ class ContrastiveReconstruction(nn.Module):
         code = self.bottleneck([torch.cat(pair) for pair in zip(trained, frozen, strict=True)])
         first, second = self.decoder(code, self.sizes)
         n = len(images)
-        return frozen + trained, [level[:n] for level in first] + [level[n:] for level in second]
+        rebuilt = [level[:n] for level in first] + [level[n:] for level in second]
+        return [(t.float(), o.float()) for t, o in zip(frozen + trained, rebuilt, strict=True)]
 
     def train(self, mode: bool = True) -> "ContrastiveReconstruction":
         """The frozen encoder is always in evaluation mode, the trained one by the fixed rule --encoder_bn."""
@@ -228,17 +234,16 @@ class ReContrast:
         """(B, 3, S, S) uint8 normals and generated anomalies -> loss of the batch."""
         s = self.settings
         if generated is None:
-            return recontrast_loss(*self._forward(normals), alpha)
+            return recontrast_loss(self._forward(normals), alpha)
         if s.kka_batch == "mixed":
             pairs, n = self._forward(torch.cat([normals, generated])), len(normals)
-            near, far = ([[level[part] for level in levels] for levels in pairs]
-                         for part in (slice(n), slice(n, None)))  # fmt: skip
+            near, far = [(t[:n], o[:n]) for t, o in pairs], [(t[n:], o[n:]) for t, o in pairs]
         else:
             near = self._forward(normals)
             self.model.eval()  # the statistics of BatchNorm are those of the normals
             far = self._forward(generated)
             self.model.train()
-        return recontrast_loss(*near, alpha) + s.kka_weight * repulsion(*far, s.kka_loss, s.kka_margin)
+        return recontrast_loss(near, alpha) + s.kka_weight * repulsion(far, s.kka_loss, s.kka_margin)
 
     def score(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) uint8 -> (N,) image scores from the anomaly maps, on the CPU."""
@@ -251,7 +256,7 @@ class ReContrast:
         self.model.eval()
         size = (self.image_size, self.image_size)
         return in_batches(
-            lambda part: smooth(sum_maps(*self.model(part.to(self.device)), size)), images, SCORE_BATCH
+            lambda part: smooth(sum_maps(self.model(part.to(self.device)), size)), images, SCORE_BATCH
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -263,19 +268,20 @@ class ReContrast:
         self.model.load_state_dict(state, strict=True)
         self.warm_start = True
 
-    def _forward(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def _forward(self, images: Tensor) -> Pairs:
         bfloat16 = self.settings.precision == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
-            targets, outputs = self.model(images.to(self.device))
-        return [target.float() for target in targets], [output.float() for output in outputs]
+            return self.model(images.to(self.device))
 
     def _batches(
         self, normals: Tensor, anomalies: Tensor, epoch: int, steps: int
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yield (iteration, rows of normals, rows of as many anomalies) of one epoch, up to the last iteration."""
+        """Yield (iteration, rows of normals, rows of as many anomalies) of one epoch."""
         stream, size = generator(self.seed, "train", epoch), self.settings.batch_size
-        order = cycled(normals, len(normals), stream).split(size)[:steps]
-        others = cycled(anomalies, len(normals), stream).split(size) if len(anomalies) else [anomalies] * steps
+        order = cycled(normals, len(normals), stream).split(size)
+        others = [anomalies] * steps
+        if len(anomalies):
+            others = list(cycled(anomalies, len(normals), stream).split(size))
         for i in range(min(steps, self.settings.n_iterations - epoch * steps)):
             yield epoch * steps + i, order[i], others[i]
 

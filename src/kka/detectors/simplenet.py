@@ -25,6 +25,7 @@ from kka.train_set import TrainSet
 
 STRIDES = (8, 16)  # layer2 and layer3 of a ResNet
 FEATURE_BATCH = 8  # images whose patches are unfolded at a time
+SCALE_IMAGES = 64  # normals whose features give the scale of --feature_std
 DSC_WEIGHT_DECAY = 1e-5
 MIX_FACTOR = 1.1  # ratio of the noise levels of mix_noise
 
@@ -40,6 +41,9 @@ class SimpleNetSettings(BackboneSettings):
     patchsize: int = option(3, "side of the neighbourhood that makes a patch, in features")
     pretrain_embed_dimension: int = option(1536, "numbers per patch and layer, after averaging")
     target_embed_dimension: int = option(1536, "numbers per patch, over all layers")
+    feature_std: float = option(
+        0.0, "scale the features to this standard deviation, for other backbones; 0: leave them as they are"
+    )
     dsc_hidden: int = option(1024, "hidden units of the discriminator")
     dsc_margin: float = option(0.5, "scores beyond this margin are good enough")
     dsc_lr: float = option(2e-4, "learning rate of the discriminator")
@@ -79,7 +83,7 @@ def check_settings(settings: SimpleNetSettings) -> None:
                  "pretrain_embed_dimension", "target_embed_dimension"):  # fmt: skip
         if not getattr(s, name) > 0:
             raise UserError(f"--{name} must be above 0, it is {getattr(s, name)}")
-    for name in ("dsc_margin", "n_epochs", "cache_gib", "test_every"):
+    for name in ("dsc_margin", "n_epochs", "cache_gib", "feature_std", "test_every"):
         if getattr(s, name) < 0:
             raise UserError(f"--{name} must not be negative, it is {getattr(s, name)}")
     if s.patchsize < 1 or s.patchsize % 2 == 0:
@@ -132,11 +136,14 @@ def worst_patches(scores: Tensor, share: float) -> Tensor:
 class PatchDiscriminator(nn.Module):
     """Backbone, adaptor and discriminator."""
 
+    feature_scale: Tensor
+
     def __init__(self, settings: SimpleNetSettings, seed: int) -> None:
         super().__init__()
         s = settings
         self.backbone = Backbone(s, s.image_size, STRIDES, seed)
         self.backbone.check_maps()
+        self.register_buffer("feature_scale", torch.ones(()))
         with seeded(seed, "init"):
             self.adaptor = nn.Linear(s.target_embed_dimension, s.target_embed_dimension)
             self.discriminator = make_discriminator(s.target_embed_dimension, s.dsc_hidden)
@@ -150,18 +157,18 @@ class PatchDiscriminator(nn.Module):
 
 def make_discriminator(dim: int, hidden: int) -> nn.Sequential:
     """(N, dim) patches -> (N, 1), high for normal ones."""
-    layers = nn.Sequential(
-        nn.Linear(dim, hidden), nn.BatchNorm1d(hidden), nn.LeakyReLU(0.2), nn.Linear(hidden, 1, bias=False)
-    )
-    for layer in (layers[0], layers[3]):
+    first, last = nn.Linear(dim, hidden), nn.Linear(hidden, 1, bias=False)
+    for layer in (first, last):
         nn.init.xavier_normal_(layer.weight)
-    return layers
+    return nn.Sequential(first, nn.BatchNorm1d(hidden), nn.LeakyReLU(0.2), last)
 
 
 class SimpleNet:
     """SimpleNet on images; the same class with and without generated anomalies."""
 
-    def __init__(self, settings: SimpleNetSettings, seed: int = 0, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self, settings: SimpleNetSettings, seed: int = 0, device: str | torch.device = "cpu"
+    ) -> None:
         check_settings(settings)
         self.settings, self.seed, self.device = settings, seed, torch.device(device)
         self.model = PatchDiscriminator(settings, seed).to(self.device)
@@ -181,6 +188,7 @@ class SimpleNet:
         normals, anomalies = split_labels(train)
         if not self.warm_start:
             model.backbone.load_pretrained()
+            self._scale_features(train.resized[normals[:SCALE_IMAGES]])
         optimizers = make_optimizers(model, s)
         parts: dict[str, Stateful] = {"adaptor": model.adaptor, "discriminator": model.discriminator}
         parts |= {f"optimizer_{i}": optimizer for i, optimizer in enumerate(optimizers)}
@@ -202,7 +210,9 @@ class SimpleNet:
 
     def score(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) uint8 -> (N,) score of the most anomalous patch, on the CPU."""
-        return in_batches(lambda part: self.patch_scores(part).flatten(1).amax(1).cpu(), images, FEATURE_BATCH)
+        return in_batches(
+            lambda part: self.patch_scores(part).flatten(1).amax(1).cpu(), images, FEATURE_BATCH
+        )
 
     def maps(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) uint8 -> (N, S, S) anomaly maps, on the CPU."""
@@ -270,13 +280,19 @@ class SimpleNet:
         cache = in_batches(self._embed, train.resized, FEATURE_BATCH)
         return lambda rows, stream: cache[rows.to(self.device)]
 
+    def _scale_features(self, images: Tensor) -> None:
+        """The noise is absolute, so features of another backbone are brought to the size it was made for."""
+        if self.settings.feature_std:
+            std = in_batches(self._embed, images, FEATURE_BATCH).std()
+            self.model.feature_scale.copy_(self.settings.feature_std / std)
+
     @torch.no_grad()
     def _embed(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) -> (N, L, D) patch features."""
         s = self.settings
         layers = self.model.backbone(images.to(self.device))
         patches = embed(layers, s.patchsize, s.pretrain_embed_dimension, s.target_embed_dimension)
-        return patches.flatten(2).transpose(1, 2).contiguous()
+        return self.model.feature_scale * patches.flatten(2).transpose(1, 2)
 
 
 def enlarge(patch_scores: Tensor, size: tuple[int, int]) -> Tensor:

@@ -19,10 +19,11 @@ from kka.seeds import seeded
 from kka.settings import option
 
 # The last layer at each stride, by the beginning of the network's name; the longest beginning counts.
+RESNET = {4: "layer1", 8: "layer2", 16: "layer3", 32: "layer4"}
 STAGES: dict[str, dict[int, str]] = {
-    **dict.fromkeys(
-        ("resnet", "resnext", "wide_resnet"), {4: "layer1", 8: "layer2", 16: "layer3", 32: "layer4"}
-    ),
+    "resnet": RESNET,
+    "resnext": RESNET,
+    "wide_resnet": RESNET,
     "squeezenet1_0": {4: "features.5", 8: "features.10", 16: "features.12"},
     "squeezenet1_1": {4: "features.4", 8: "features.7", 16: "features.12"},
     "mobilenet_v2": {4: "features.3", 8: "features.6", 16: "features.13", 32: "features.18"},
@@ -153,7 +154,9 @@ def check_backbone(settings: BackboneSettings) -> None:
     known = list_models(module=torchvision.models)
     if settings.backbone not in known:
         close = difflib.get_close_matches(settings.backbone, known, n=3)
-        hint = f"did you mean {' or '.join(close)}" if close else f"torchvision has {', '.join(known[:4])} ..."
+        hint = (
+            f"did you mean {' or '.join(close)}" if close else f"torchvision has {', '.join(known[:4])} ..."
+        )
         raise UserError(f"--backbone {settings.backbone!r} is no network of torchvision; {hint}")
     if settings.backbone_init == "random" and settings.backbone_weights is not None:
         raise UserError("--backbone_init random and --backbone_weights exclude each other; give one of them")

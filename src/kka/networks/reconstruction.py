@@ -67,13 +67,13 @@ class Bottleneck(nn.Module):
 
     def forward(self, levels: list[Tensor]) -> Tensor:
         """[(N, C_l, h_l, w_l)] * 3 -> (N, 2 C_3, h_3 / 2, w_3 / 2), at width 1."""
-        grid = levels[2].shape[2:]
+        grid = (levels[2].shape[2], levels[2].shape[3])
         same = [resized(self.down1(levels[0]), grid), resized(self.down2(levels[1]), grid), levels[2]]
         return self.stage(torch.cat(same, 1))
 
 
 class Decoder(nn.Module):
-    """The code -> features of three levels, rebuilt twice: by one set of 1 x 1 convolutions for each encoder."""
+    """The code -> features of three levels, rebuilt twice: a set of 1 x 1 convolutions for each encoder."""
 
     def __init__(
         self, n_in: int, channels: Sequence[int], width: float = 1.0, blocks: Sequence[int] = (3, 4, 6)
