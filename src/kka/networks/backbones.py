@@ -76,9 +76,9 @@ class Backbone(nn.Module):
         self.settings, self.size, self.trainable = settings, size, trainable
         check_backbone(settings)
         name = settings.backbone
+        self.layers = settings.layers or usual_layers(name, strides)
         with seeded(seed, "backbone"):
             network = get_model(name, weights=None, **ARGUMENTS.get(name, {}))
-        self.layers = settings.layers or usual_layers(name, strides)
         check_layers(name, network, self.layers)
         nodes = {layer: layer for layer in self.layers}
         self.net = create_feature_extractor(network, nodes, suppress_diff_warning=True)
@@ -93,7 +93,8 @@ class Backbone(nn.Module):
                 f"(N, 3, {self.size}, {self.size}); resize them or set --image_size"
             )
         unit = to_unit(images) if images.dtype == torch.uint8 else images
-        return list(self.net(normalize(unit).contiguous(memory_format=torch.channels_last)).values())
+        features = self.net(normalize(unit).contiguous(memory_format=torch.channels_last))
+        return [features[layer] for layer in self.layers]
 
     def train(self, mode: bool = True) -> "Backbone":
         """Training mode only for a trainable backbone."""
