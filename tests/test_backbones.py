@@ -14,7 +14,9 @@ from kka.networks.backbones import Backbone, BackboneSettings, usual_layers
 
 
 def images(n=2, side=64):
-    return torch.randint(0, 256, (n, 3, side, side), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    return torch.randint(0, 256, (n, 3, side, side), generator=torch.Generator().manual_seed(0)).to(
+        torch.uint8
+    )
 
 
 def random_backbone(name="squeezenet1_0", size=64, strides=(-1,), seed=0, layers=(), trainable=False):
@@ -139,5 +141,5 @@ def test_without_a_network_the_sentence_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(urllib.request, "_opener", None)
-    with pytest.raises(UserError, match="cannot be downloaded .* --backbone_weights"):
+    with pytest.raises(UserError, match=r"cannot be downloaded .* --backbone_weights"):
         Backbone(BackboneSettings("squeezenet1_0"), 64).load_pretrained()

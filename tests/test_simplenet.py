@@ -1,23 +1,20 @@
-"""SimpleNet: parity with the official code, and what must hold for any run."""
-
-from dataclasses import replace
+"""SimpleNet: parity with the official code, its loss with generated anomalies, its cache."""
 
 import pytest
 import torch
 from golden_arrays import tensors
+from toy_tensors import toy_images, toy_train_set
 
 from kka.detectors.parts import gradient_step
 from kka.detectors.simplenet import (
-    PRESETS,
     SimpleNet,
     SimpleNetSettings,
     average_channels,
     draw_noise,
     embed,
     enlarge,
-    hinge,
-    make_optimizers,
     make_discriminator,
+    make_optimizers,
     patchify,
     worst_patches,
 )
@@ -51,7 +48,6 @@ def patches_of(expected):
 
 def close(ours, theirs, rtol=1e-4, atol=1e-5):
     torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
-    print("max difference", float((ours - theirs).abs().max()))
 
 
 def test_embedding_equals_official_code():
@@ -59,15 +55,11 @@ def test_embedding_equals_official_code():
     layer2, layer3 = (expected[key] for key in LAYERS)
     first = patchify(layer2, 3)[0].flatten(1).T.unflatten(1, (8, 3, 3))
     close(first, expected["output_patchify_layer2_first_image"])
-    close(
-        patchify(layer3, 3).flatten(2).transpose(1, 2).unflatten(2, (16, 3, 3)),
-        expected["output_patchify_layer3"],
-    )
+    every = patchify(layer3, 3).flatten(2).transpose(1, 2).unflatten(2, (16, 3, 3))
+    close(every, expected["output_patchify_layer3"])
     every_second = patchify(layer2, 5)[0, :, ::2, ::2]
-    close(
-        every_second.flatten(1).T.unflatten(1, (8, 5, 5)),
-        expected["output_patchify_layer2_first_image_patchsize5_stride2"],
-    )
+    every_second = every_second.flatten(1).T.unflatten(1, (8, 5, 5))
+    close(every_second, expected["output_patchify_layer2_first_image_patchsize5_stride2"])
     patches = patches_of(expected).flatten(0, 1)
     close(patches, expected["output_embedding_after_aggregator"])
 
@@ -85,9 +77,9 @@ def test_adaptor_and_discriminator_equal_official_code():
 
 def tiny(**changes):
     """A detector on 12 x 12 patches of 20 numbers."""
-    small = dict(image_size=48, pretrain_embed_dimension=24, target_embed_dimension=20, dsc_hidden=16)
-    values = {"backbone": "squeezenet1_0", "backbone_init": "random", "n_epochs": 2, **small, **changes}
-    return SimpleNet(SimpleNetSettings(**values))
+    small = {"pretrain_embed_dimension": 24, "target_embed_dimension": 20, "dsc_hidden": 16, "n_epochs": 2}
+    backbone = {"backbone": "squeezenet1_0", "backbone_init": "random", "image_size": 48}
+    return SimpleNet(SimpleNetSettings(**{**backbone, **small, **changes}))
 
 
 def official(adaptor):
@@ -137,3 +129,82 @@ def test_scores_and_maps_equal_official_code():
     close(scores.flatten(1), expected["output_patch_score"], 0)
     close(scores.flatten(1).amax(1), expected["output_image_score_max"], 0)
     close(enlarge(scores, (24, 20)), expected["output_map_bilinear_then_gaussian_sigma4"], 0)
+
+
+def readable(**changes):
+    """The score of a patch is its first number."""
+    detector = tiny(target_embed_dimension=2, **changes)
+    detector.model.adaptor = torch.nn.Identity()
+    detector.model.discriminator = torch.nn.Linear(2, 1, bias=False)
+    detector.model.discriminator.weight.data = torch.tensor([[1.0, 0.0]])
+    return detector
+
+
+@pytest.mark.parametrize(
+    ("changes", "negatives"),
+    [
+        ({"kka_negatives": "replace"}, (1.5 + 0.25 + 2.5 + 0.0) / 4),
+        ({"kka_negatives": "mixed", "kka_weight": 0.25}, 0.75 * 1.2 + 0.25 * (1.5 + 0.25 + 2.5 + 0.0) / 4),
+        ({"kka_level": "images", "kka_top": 0.5}, (0.25 + 0.0) / 2),
+    ],
+)
+def test_loss_with_generated_anomalies_by_hand(changes, negatives):
+    first = torch.tensor([[0.2, 0.2], [0.2, 0.2], [0.9, 0.9]])  # scores of the patches of normals
+    generated = torch.tensor([[1.0, -0.25], [2.0, -3.0]])
+    true, false = (torch.stack([scores, torch.ones_like(scores)], 2) for scores in (first, generated))
+    noise = torch.zeros(6, 2)
+    noise[:, 0] = 0.7 - first.flatten()
+    detector = readable(**changes)
+    positives = (4 * 0.3 + 2 * 0.0) / 6
+    mixed = noise if "mixed" in changes.values() else None
+    assert detector.loss(true, mixed, false).item() == pytest.approx(positives + negatives)
+    assert detector.loss(true, noise).item() == pytest.approx(positives + 1.2)
+
+
+def test_worst_patches_are_the_lowest_scores():
+    scores = torch.tensor([[3.0, 1.0, 2.0, 4.0], [0.0, -1.0, 5.0, 6.0]])
+    assert worst_patches(scores, 0.5).tolist() == [[1.0, 2.0], [-1.0, 0.0]]
+    assert worst_patches(scores, 0.01).tolist() == [[1.0], [-1.0]]
+
+
+def test_averaging_is_adaptive_pooling():
+    maps = torch.rand(2, 12, 3, 4)
+    for n in (4, 5):  # whole groups, and groups that overlap
+        pooled = torch.nn.functional.adaptive_avg_pool1d(maps.permute(0, 2, 3, 1).reshape(24, 1, 12), n)
+        close(average_channels(maps, n), pooled.view(2, 3, 4, n).permute(0, 3, 1, 2))
+
+
+def test_noise_has_its_levels():
+    def stds(levels):
+        noise = draw_noise(torch.empty(300, 1000), 0.5, levels, torch.Generator().manual_seed(0))
+        return noise.std(1)
+
+    assert ((stds(1) - 0.5).abs() < 0.06).all()
+    mixed = stds(3)
+    for level in (0.5, 0.55, 0.605):
+        assert 50 < ((mixed - level).abs() < 0.025).sum() < 150
+
+
+def weights_after(**changes):
+    detector = tiny(**changes)
+    detector.fit(toy_train_set())
+    return detector.model.adaptor.weight.detach()
+
+
+def test_cached_features_are_those_computed_anew():
+    close(weights_after(), weights_after(cache_gib=0.0))
+
+
+def test_switches_change_the_training():
+    plain = weights_after()
+    for changes in ({"augment": True}, {"kka_negatives": "mixed"}, {"kka_level": "images"}, {"mix_noise": 2}):
+        again = {"kka_negatives": "mixed"} if "mix_noise" in changes else {}
+        base = weights_after(**again) if again else plain
+        assert not torch.equal(weights_after(**{**again, **changes}), base), changes
+
+
+def test_features_of_any_backbone_are_scaled_to_the_noise():
+    train, detector = toy_train_set(n_anomalies=0), tiny(feature_std=0.1, n_epochs=0)
+    detector.fit(train)
+    assert detector._embed(train.resized).std().item() == pytest.approx(0.1, rel=1e-4)
+    assert tiny()._embed(toy_images(2, True)).std() != detector._embed(toy_images(2, True)).std()

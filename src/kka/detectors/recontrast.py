@@ -78,10 +78,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 def check_settings(settings: ReContrastSettings) -> None:
     """Raises UserError naming the flag of the first value out of range."""
     s = settings
-    for name in ("image_size", "lr", "encoder_lr", "width", "bottleneck_blocks", "kka_weight", "kka_margin"):
+    for name in ("image_size", "lr", "encoder_lr", "width", "bottleneck_blocks"):
         if not getattr(s, name) > 0:
             raise UserError(f"--{name} must be above 0, it is {getattr(s, name)}")
-    for name in ("n_iterations", "test_every"):
+    for name in ("n_iterations", "kka_weight", "kka_margin", "test_every"):
         if getattr(s, name) < 0:
             raise UserError(f"--{name} must not be negative, it is {getattr(s, name)}")
     if s.batch_size < 2:

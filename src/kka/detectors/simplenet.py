@@ -5,6 +5,7 @@ to which Gaussian noise was added. With generated anomalies ("+KKA") their patch
 ones, or join them. Differences from the official code are in docs/implementation_details.md.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -199,7 +200,9 @@ class SimpleNet:
             total = 0.0
             stream = torch.Generator(self.device).manual_seed(derive_seed(self.seed, "noise", epoch))
             for rows, true, generated in self._batches(features, normals, anomalies, epoch):
-                noise = draw_noise(true.flatten(0, 1), s.noise_std, s.mix_noise, stream)
+                noise = None
+                if generated is None or s.kka_negatives == "mixed":
+                    noise = draw_noise(true.flatten(0, 1), s.noise_std, s.mix_noise, stream)
                 loss = self.loss(true, noise, generated)
                 where, advice = f"epoch {epoch} of training", "lower --dsc_lr or --proj_lr"
                 total += len(rows) * gradient_step(loss, optimizers, where, advice)
@@ -235,15 +238,15 @@ class SimpleNet:
         self.model.load_state_dict(state, strict=True)
         self.warm_start = True
 
-    def loss(self, true: Tensor, noise: Tensor, generated: Tensor | None = None) -> Tensor:
-        """(B, L, D) patches of normals, (B L, D) noise, (B', L, D) of generated anomalies -> loss.
+    def loss(self, true: Tensor, noise: Tensor | None, generated: Tensor | None = None) -> Tensor:
+        """(B, L, D) patches of normals; negatives: (B L, D) noise, (B', L, D) generated, or both -> loss.
 
         True and false patches pass the discriminator together: its BatchNorm must not tell them apart.
         """
         s, model = self.settings, self.model
         with torch.autocast(self.device.type, torch.bfloat16, enabled=s.precision == "bfloat16"):
             groups = [model.adaptor(true.flatten(0, 1))]
-            if generated is None or s.kka_negatives == "mixed":
+            if noise is not None:
                 groups.append(groups[0] + noise)
             if generated is not None:
                 groups.append(model.adaptor(generated.flatten(0, 1)))
@@ -272,12 +275,15 @@ class SimpleNet:
         s = self.settings
         if s.augment:
             return lambda rows, stream: self._embed(
-                augment(train.images[rows], train.native_sizes[rows], s.image_size, stream)
+                augment(train.images[rows].to(self.device), train.native_sizes[rows], s.image_size, stream)
             )
         height, width = self.model.grid
-        if len(train) * height * width * s.target_embed_dimension * 4 > s.cache_gib * 2**30:
+        shape = (len(train), height * width, s.target_embed_dimension)
+        if math.prod(shape) * 4 > s.cache_gib * 2**30:
             return lambda rows, stream: self._embed(train.resized[rows])
-        cache = in_batches(self._embed, train.resized, FEATURE_BATCH)
+        cache = torch.empty(shape, device=self.device)
+        for rows in torch.arange(len(train)).split(FEATURE_BATCH):
+            cache[rows.to(self.device)] = self._embed(train.resized[rows])
         return lambda rows, stream: cache[rows.to(self.device)]
 
     def _scale_features(self, images: Tensor) -> None:

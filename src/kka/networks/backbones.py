@@ -81,7 +81,8 @@ class Backbone(nn.Module):
             network = get_model(name, weights=None, **ARGUMENTS.get(name, {}))
         check_layers(name, network, self.layers)
         nodes = {layer: layer for layer in self.layers}
-        self.net = create_feature_extractor(network, nodes, suppress_diff_warning=True)
+        net = create_feature_extractor(network, nodes, suppress_diff_warning=True)
+        self.net = net.to(memory_format=torch.channels_last)
         self.requires_grad_(trainable).eval()
         self.shapes = [tuple(features.shape[1:]) for features in self._try_out()]
 
