@@ -14,6 +14,7 @@ from kka.detectors.simplenet import SimpleNet, SimpleNetSettings
 from kka.errors import TrainingError, UserError
 from kka.journal import Journal
 from kka.metrics import auroc
+from kka.settings import make_settings
 
 TINY = {"backbone": "squeezenet1_0", "backbone_init": "random", "image_size": 48}
 PATCHES = {"pretrain_embed_dimension": 48, "target_embed_dimension": 32, "dsc_hidden": 16, "feature_std": 0.1}
@@ -86,6 +87,30 @@ def test_scores_do_not_depend_on_the_batch(kind, settings):
     detector, images = finished(kind, settings), mixed_images()
     alone = torch.cat([detector.score(image[None]) for image in images])
     torch.testing.assert_close(detector.score(images), alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "settings"), DETECTORS)
+def test_features_of_whole_images(kind, settings):
+    features = finished(kind, settings).embed(mixed_images())
+    assert (len(features), features.ndim) == (19, 2)
+    assert features.isfinite().all()
+    assert len(features.unique(dim=0)) == 19
+
+
+@pytest.mark.parametrize(("kind", "settings"), DETECTORS)
+def test_weights_of_another_network_are_refused(kind, settings):
+    detector = kind(settings)
+    with pytest.raises(RuntimeError):
+        detector.load_state_dict({"net.conv1.weight": torch.zeros(1)})
+    other = kind(replace(settings, backbone="squeezenet1_1"))
+    with pytest.raises(RuntimeError):
+        other.load_state_dict(finished(kind, settings).state_dict())
+
+
+@pytest.mark.parametrize("kind", [FrozenSettings, SimpleNetSettings, ReContrastSettings])
+def test_presets_are_settings(kind):
+    for preset in kind.PRESETS.values():
+        assert make_settings(kind, preset) != kind()
 
 
 @pytest.mark.parametrize(("kind", "settings"), TRAINED)

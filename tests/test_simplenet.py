@@ -11,7 +11,7 @@ from kka.detectors.simplenet import (
     SimpleNetSettings,
     average_channels,
     draw_noise,
-    embed,
+    embed_patches,
     enlarge,
     make_discriminator,
     make_optimizers,
@@ -43,7 +43,7 @@ def official_adaptor():
 
 def patches_of(expected):
     """(N, L, 20) as the official code embeds the given maps."""
-    return embed([expected[key] for key in LAYERS], 3, 24, 20).flatten(2).transpose(1, 2)
+    return embed_patches([expected[key] for key in LAYERS], 3, 24, 20).flatten(2).transpose(1, 2)
 
 
 def close(ours, theirs, rtol=1e-4, atol=1e-5):
@@ -206,5 +206,5 @@ def test_switches_change_the_training():
 def test_features_of_any_backbone_are_scaled_to_the_noise():
     train, detector = toy_train_set(n_anomalies=0), tiny(feature_std=0.1, n_epochs=0)
     detector.fit(train)
-    assert detector._embed(train.resized).std().item() == pytest.approx(0.1, rel=1e-4)
-    assert tiny()._embed(toy_images(2, True)).std() != detector._embed(toy_images(2, True)).std()
+    assert detector._patches(train.resized).std().item() == pytest.approx(0.1, rel=1e-4)
+    assert tiny()._patches(toy_images(2, True)).std() != detector._patches(toy_images(2, True)).std()

@@ -4,7 +4,7 @@ Not in the paper; it tells what today's plain way reaches. Pooled features of a 
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -29,13 +29,12 @@ SAME = 1e-4  # features closer than this are of the same image
 class FrozenSettings(BackboneSettings):
     """Options of the frozen features."""
 
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"cpu": {"backbone": "squeezenet1_0", "image_size": 160}}
+
     image_size: int = option(224, "side of the images")
     head: str = option("knn", "with anomalies: difference of two distances, or logistic", ("knn", "logistic"))
     n_neighbors: int = option(2, "neighbours whose distances are averaged")
     logistic_c: float = option(10.0, "inverse strength of the penalty of the logistic head")
-
-
-PRESETS: dict[str, dict[str, Any]] = {"cpu": {"backbone": "squeezenet1_0", "image_size": 160}}
 
 
 def check_settings(settings: FrozenSettings) -> None:
@@ -136,13 +135,15 @@ class Frozen:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Start from these weights."""
-        parts: dict[str, dict[str, Tensor]] = {"backbone": {}, "memory": {}}
-        for key, value in state.items():
-            owner, _, name = key.partition(".")
-            parts[owner][name] = value
-        self.backbone.load_state_dict(parts["backbone"], strict=True)
-        self.memory.load_state_dict(parts["memory"])
+        """Start from these weights; raises RuntimeError if they are those of another network."""
+        backbone, memory = (
+            {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
+            for start in ("backbone.", "memory.")
+        )
+        if "normals" not in memory:
+            raise RuntimeError("there are no features of normal images")
+        self.backbone.load_state_dict(backbone, strict=True)
+        self.memory.load_state_dict(memory)
         self.warm_start = True
 
 

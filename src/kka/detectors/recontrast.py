@@ -9,7 +9,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,13 @@ Pairs = list[tuple[Tensor, Tensor]]
 class ReContrastSettings(BackboneSettings):
     """ReContrast's options; defaults are those of the official scripts for whole images."""
 
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "cpu": {
+            "backbone": "squeezenet1_0", "image_size": 224, "n_iterations": 200, "batch_size": 8,
+            "width": 0.25, "bottleneck_blocks": 1, "decoder_blocks": (1, 1, 1),
+        },
+    }  # fmt: skip
+
     image_size: int = option(256, "side of the images")
     n_iterations: int = option(2000, "training steps")
     batch_size: int = option(16, "normal images per training step, and as many generated ones")
@@ -65,14 +72,6 @@ class ReContrastSettings(BackboneSettings):
         "float32", "of the training steps; scores are always float32", ("float32", "bfloat16")
     )
     test_every: int = option(0, "epochs between two test AUCs for curves, never used for selection; 0: none")
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "cpu": {
-        "backbone": "squeezenet1_0", "image_size": 224, "n_iterations": 200, "batch_size": 8, "width": 0.25,
-        "bottleneck_blocks": 1, "decoder_blocks": (1, 1, 1),
-    },
-}  # fmt: skip
 
 
 def check_settings(settings: ReContrastSettings) -> None:
@@ -257,6 +256,13 @@ class ReContrast:
         size = (self.image_size, self.image_size)
         return in_batches(
             lambda part: smooth(sum_maps(self.model(part.to(self.device)), size)), images, SCORE_BATCH
+        )
+
+    def embed(self, images: Tensor) -> Tensor:
+        """(N, 3, S, S) uint8 -> (N, C) mean of the trained encoder's deepest features, on the CPU."""
+        self.model.eval()
+        return in_batches(
+            lambda part: self.model.encoder(part.to(self.device))[-1].mean((2, 3)).cpu(), images, SCORE_BATCH
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ ones, or join them. Differences from the official code are in docs/implementatio
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,13 @@ Features = Callable[[Tensor, Generator], Tensor]
 @dataclass(frozen=True)
 class SimpleNetSettings(BackboneSettings):
     """SimpleNet's options; names and defaults are those of the official run.sh."""
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "cpu": {
+            "backbone": "squeezenet1_0", "image_size": 224, "pretrain_embed_dimension": 512,
+            "target_embed_dimension": 512, "dsc_hidden": 512, "n_epochs": 40,
+        },
+    }  # fmt: skip
 
     image_size: int = option(288, "side of the images")
     patchsize: int = option(3, "side of the neighbourhood that makes a patch, in features")
@@ -67,14 +74,6 @@ class SimpleNetSettings(BackboneSettings):
         "float32", "of the training steps; scores are always float32", ("float32", "bfloat16")
     )
     test_every: int = option(0, "epochs between two test AUCs for curves, never used for selection; 0: none")
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "cpu": {
-        "backbone": "squeezenet1_0", "image_size": 224, "pretrain_embed_dimension": 512,
-        "target_embed_dimension": 512, "dsc_hidden": 512, "n_epochs": 40,
-    },
-}  # fmt: skip
 
 
 def check_settings(settings: SimpleNetSettings) -> None:
@@ -108,7 +107,7 @@ def average_channels(maps: Tensor, n: int) -> Tensor:
     return F.adaptive_avg_pool2d(maps.flatten(2), (n, maps[0, 0].numel())).unflatten(2, maps.shape[-2:])
 
 
-def embed(layers: list[Tensor], patchsize: int, layer_dim: int, dim: int) -> Tensor:
+def embed_patches(layers: list[Tensor], patchsize: int, layer_dim: int, dim: int) -> Tensor:
     """Patch features of all layers, on the grid of the first.
 
     Averaging and bilinear enlargement are both linear, the one over channels and the other over places, so
@@ -222,11 +221,15 @@ class SimpleNet:
         size = (self.image_size, self.image_size)
         return in_batches(lambda part: enlarge(self.patch_scores(part), size), images, FEATURE_BATCH)
 
+    def embed(self, images: Tensor) -> Tensor:
+        """(N, 3, S, S) uint8 -> (N, D) mean of the patch features, on the CPU."""
+        return in_batches(lambda part: self._patches(part).mean(1).cpu(), images, FEATURE_BATCH)
+
     @torch.no_grad()
     def patch_scores(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) uint8 -> (N, h, w), -D(q) of each patch."""
         self.model.eval()
-        adapted = self.model.adaptor(self._embed(images))
+        adapted = self.model.adaptor(self._patches(images))
         return -self.model.discriminator(adapted.flatten(0, 1)).view(-1, *self.model.grid)
 
     def state_dict(self) -> dict[str, Any]:
@@ -274,30 +277,30 @@ class SimpleNet:
         """A function from rows to (N, L, D) patches: from a cache, or computed anew."""
         s = self.settings
         if s.augment:
-            return lambda rows, stream: self._embed(
+            return lambda rows, stream: self._patches(
                 augment(train.images[rows].to(self.device), train.native_sizes[rows], s.image_size, stream)
             )
         height, width = self.model.grid
         shape = (len(train), height * width, s.target_embed_dimension)
         if math.prod(shape) * 4 > s.cache_gib * 2**30:
-            return lambda rows, stream: self._embed(train.resized[rows])
+            return lambda rows, stream: self._patches(train.resized[rows])
         cache = torch.empty(shape, device=self.device)
         for rows in torch.arange(len(train)).split(FEATURE_BATCH):
-            cache[rows.to(self.device)] = self._embed(train.resized[rows])
+            cache[rows.to(self.device)] = self._patches(train.resized[rows])
         return lambda rows, stream: cache[rows.to(self.device)]
 
     def _scale_features(self, images: Tensor) -> None:
         """The noise is absolute, so features of another backbone are brought to the size it was made for."""
         if self.settings.feature_std:
-            std = in_batches(self._embed, images, FEATURE_BATCH).std()
+            std = in_batches(self._patches, images, FEATURE_BATCH).std()
             self.model.feature_scale.copy_(self.settings.feature_std / std)
 
     @torch.no_grad()
-    def _embed(self, images: Tensor) -> Tensor:
+    def _patches(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) -> (N, L, D) patch features."""
         s = self.settings
         layers = self.model.backbone(images.to(self.device))
-        patches = embed(layers, s.patchsize, s.pretrain_embed_dimension, s.target_embed_dimension)
+        patches = embed_patches(layers, s.patchsize, s.pretrain_embed_dimension, s.target_embed_dimension)
         return self.model.feature_scale * patches.flatten(2).transpose(1, 2)
 
 
