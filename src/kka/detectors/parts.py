@@ -1,0 +1,57 @@
+"""What several detectors share: labels to batches, guards, smoothing of anomaly maps."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from scipy.ndimage import gaussian_filter
+from torch import Generator, Tensor
+
+from kka.errors import TrainingError, UserError
+from kka.train_set import TrainSet
+
+
+def split_labels(train: TrainSet) -> tuple[Tensor, Tensor]:
+    """Rows of the presumed normals (unlabelled ones too) and of the labelled anomalies.
+
+    Raises UserError for fewer than 2 normals.
+    """
+    normals, anomalies = (torch.nonzero(chosen).squeeze(1) for chosen in _chosen(train))
+    if len(normals) < 2:
+        raise UserError(f"training needs at least 2 normal images, there are {len(normals)}; add some")
+    return normals, anomalies
+
+
+def _chosen(train: TrainSet) -> tuple[Tensor, Tensor]:
+    return train.semi_targets >= 0, train.semi_targets < 0
+
+
+def cycled(rows: Tensor, count: int, stream: Generator) -> Tensor:
+    """`count` of the rows in random order, (count,); none comes again before all were there."""
+    passes = math.ceil(count / len(rows))
+    order = [torch.randperm(len(rows), generator=stream) for _ in range(passes)]
+    return rows[torch.cat(order)[:count]]
+
+
+def gradient_step(loss: Tensor, optimizers: list[torch.optim.Optimizer], where: str, advice: str) -> float:
+    """One step of all optimizers; returns the loss, raises TrainingError if it is not finite."""
+    value = loss.item()
+    if not math.isfinite(value):
+        raise TrainingError(f"the loss became {value} in {where}; {advice}")
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    return value
+
+
+@torch.no_grad()
+def in_batches(function: Callable[[Tensor], Tensor], images: Tensor, size: int) -> Tensor:
+    """`function` of (N, ...) images, `size` at a time."""
+    return torch.cat([function(part) for part in images.split(size)])
+
+
+def smooth(maps: Tensor, sigma: float = 4.0) -> Tensor:
+    """Gaussian filter of each map. (N, H, W) -> the same, on the CPU."""
+    return torch.from_numpy(gaussian_filter(maps.cpu().numpy(), sigma, axes=(1, 2)))
