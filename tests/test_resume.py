@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from toy import write_toy_set
 
-from kka.errors import UserError
+from kka.errors import UserError, run_script
 from kka.journal import Journal
 
 MAIN = Path(__file__).parent.parent / "src" / "main.py"
@@ -101,6 +101,19 @@ def test_interrupted_by_ctrl_c_says_so_and_continues(uninterrupted, tmp_path):
     assert b"Traceback" not in stderr
     finish(start(root, tmp_path / "run"))
     assert read(tmp_path / "run", "results.json") == read(whole, "results.json")
+
+
+def test_ctrl_c_inside_a_library_that_fails_then_is_still_one(capsys):
+    def main():
+        try:
+            raise KeyboardInterrupt
+        finally:  # torch.save, interrupted in the middle of a file
+            raise RuntimeError("unexpected pos 222272 vs 222168")
+
+    with pytest.raises(SystemExit) as stop:
+        run_script(main)
+    assert stop.value.code == 130
+    assert "the same command continues" in capsys.readouterr().err
 
 
 def parts():

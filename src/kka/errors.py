@@ -23,25 +23,35 @@ def run_script(main: Callable[[], None]) -> None:
     """
     try:
         main()
-    except UserError as error:
-        sys.exit(_say(f"error: {error}", BAD_INPUT))
-    except TrainingError as error:
-        sys.exit(_say(f"error: {error}", 1))
-    except KeyboardInterrupt:
-        sys.exit(_say("interrupted; the same command continues where it stopped", INTERRUPTED))
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            where = f" while writing {error.filename}" if error.filename else ""
-            sys.exit(
-                _say(f"error: the disk is full{where}; free some space and run the same command again", 1)
-            )
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            sys.exit(
-                _say(f"error: no permission to write {error.filename}; choose another folder", BAD_INPUT)
-            )
-        raise
+    except (Exception, KeyboardInterrupt) as error:
+        explained = _explain(error)
+        if explained is None:
+            raise
+        sentence, code = explained
+        print(sentence, file=sys.stderr, flush=True)
+        sys.exit(code)
 
 
-def _say(sentence: str, code: int) -> int:
-    print(sentence, file=sys.stderr, flush=True)
-    return code
+def _explain(error: BaseException) -> tuple[str, int] | None:
+    """A sentence and an exit code for an expected failure."""
+    if _is_interrupt(error):
+        return "interrupted; the same command continues where it stopped", INTERRUPTED
+    if isinstance(error, UserError):
+        return f"error: {error}", BAD_INPUT
+    if isinstance(error, TrainingError):
+        return f"error: {error}", 1
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        where = f" while writing {error.filename}" if error.filename else ""  # type: ignore[attr-defined]
+        return f"error: the disk is full{where}; free some space and run the same command again", 1
+    if number in (errno.EACCES, errno.EROFS, errno.EPERM):
+        name = error.filename  # type: ignore[attr-defined]
+        return f"error: no permission to write {name}; choose another folder", BAD_INPUT
+    return None
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Ctrl-C, also where it hit a library that fails in its own way then, as torch.save does."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
