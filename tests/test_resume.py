@@ -91,16 +91,20 @@ def test_killed_in_every_phase_ends_with_the_same_numbers(uninterrupted, tmp_pat
 
 def test_interrupted_by_ctrl_c_says_so_and_continues(uninterrupted, tmp_path):
     root, whole = uninterrupted
-    process = start(root, tmp_path / "run")
-    while rows(tmp_path / "run") < 2:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
+    for attempt in range(5):  # on busy cores the whole run may be over before the signal arrives
+        folder = tmp_path / f"run_{attempt}"
+        process = start(root, folder)
+        while rows(folder) < 2:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+        if process.returncode != 0:
+            break
+    assert process.returncode == 130, stderr.decode()
     assert b"the same command continues" in stderr
     assert b"Traceback" not in stderr
-    finish(start(root, tmp_path / "run"))
-    assert read(tmp_path / "run", "results.json") == read(whole, "results.json")
+    finish(start(root, folder))
+    assert read(folder, "results.json") == read(whole, "results.json")
 
 
 def test_ctrl_c_inside_a_library_that_fails_then_is_still_one(capsys):
