@@ -27,7 +27,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.replace(name, path)
         _sync_folder(path.parent)
     except BaseException as error:
-        os.unlink(name)
+        Path(name).unlink(missing_ok=True)  # it has been moved if only the folder could not be synced
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)
         raise
