@@ -74,15 +74,15 @@ def test_interval_as_text():
 
 def test_equal_scores_are_a_collapse_up_to_rounding():
     with pytest.raises(TrainingError, match="collapsed"):
-        check_scores(torch.full((5,), 0.25), torch.full((2,), 0.25 + 1e-10, dtype=torch.double))
-    check_scores(torch.full((5,), 0.25), torch.tensor([0.2501]))
-    check_scores(torch.tensor([0.25]), torch.tensor([]))
+        check_scores("deep_sad", torch.full((5,), 0.25), torch.full((2,), 0.25 + 1e-10, dtype=torch.double))
+    check_scores("deep_sad", torch.full((5,), 0.25), torch.tensor([0.2501]))
+    check_scores("deep_sad", torch.tensor([0.25]), torch.tensor([]))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_scores_must_be_finite(value):
     with pytest.raises(TrainingError, match="not finite"):
-        check_scores(torch.tensor([0.1, value]), torch.tensor([0.2]))
+        check_scores("deep_sad", torch.tensor([0.1, value]), torch.tensor([0.2]))
 
 
 def test_results_are_the_metrics_of_their_own_scores(finished):
