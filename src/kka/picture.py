@@ -38,7 +38,7 @@ def draw_loop(path: Path, rows: Rows, runs: Sequence[tuple[str, dict[str, Any]]]
     _draw_rows(halves[0], rows)
     for axis, (title, results) in zip(np.atleast_1d(halves[1].subplots(1, len(runs))), runs, strict=True):
         _draw_scores(axis, results, title)
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=90))
 
 
 def split_rows(folder: Path, title: str) -> Rows:
