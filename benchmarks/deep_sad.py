@@ -31,7 +31,8 @@ from kka.data import Data, build_train_set, digest_task, load_data
 from kka.datasets import get_spec
 from kka.datasets.garden import make_garden
 from kka.datasets.task import Choice, read_task
-from kka.detectors.deep_sad import DeepSAD, DeepSADSettings, deep_sad_loss, gradient_step, make_optimizer
+from kka.detectors.deep_sad import DeepSAD, DeepSADSettings, deep_sad_loss, make_optimizer
+from kka.detectors.parts import gradient_step
 from kka.errors import run_script
 from kka.files import write_bytes, write_json
 from kka.journal import Journal
@@ -192,7 +193,7 @@ def bare_step(train: TrainSet, layout: torch.memory_format) -> Callable[[], obje
         normalize(train.resized[:32].float() / 255).contiguous(memory_format=layout),
         train.semi_targets[:32],
     )
-    return lambda: gradient_step(optimizer, deep_sad_loss(model(images), semi).mean(), "benchmark")
+    return lambda: gradient_step(deep_sad_loss(model(images), semi).mean(), [optimizer], "benchmark")
 
 
 def our_step(train: TrainSet, dtype: torch.dtype) -> Callable[[], object]:
@@ -207,7 +208,7 @@ def our_step(train: TrainSet, dtype: torch.dtype) -> Callable[[], object]:
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             distances = model(images)
         gradient_step(
-            optimizer, deep_sad_loss(distances.float(), train.semi_targets[batch]).mean(), "benchmark"
+            deep_sad_loss(distances.float(), train.semi_targets[batch]).mean(), [optimizer], "benchmark"
         )
 
     return step
@@ -222,7 +223,7 @@ def autoencoder_step(train: TrainSet) -> Callable[[], object]:
         batch = torch.randint(len(train), (32,), generator=stream)
         images = augment(train.images[batch], train.native_sizes[batch], 32, stream)
         inputs = normalize(images).contiguous(memory_format=torch.channels_last)
-        gradient_step(optimizer, torch.nn.functional.mse_loss(model(inputs), images), "benchmark")
+        gradient_step(torch.nn.functional.mse_loss(model(inputs), images), [optimizer], "benchmark")
 
     return step
 

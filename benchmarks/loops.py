@@ -52,11 +52,7 @@ def main() -> None:
         flags = [str(word) for name, value in FLAGS.items() for word in (f"--{name}", value)]
     report: dict[str, Any] = {"flags": flags, "git_commit": git_commit(), "processor": processor()}
     report["threads"] = torch.get_num_threads()
-    report["loops"] = [
-        {"mode": mode, "seed": seed, **run(flags, mode, seed, s)}
-        for seed in range(s.seeds)
-        for mode in s.modes
-    ]
+    report["loops"] = [run(flags, mode, seed, s) for seed in range(s.seeds) for mode in s.modes]
     write_json(Path(f"{s.out}.json"), report, indent=1)
     write_bytes(Path(f"{s.out}.md"), to_markdown(report, s.modes).encode())
     print(to_markdown(report, s.modes))

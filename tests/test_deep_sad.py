@@ -13,11 +13,11 @@ from kka.detectors.deep_sad import (
     DeepSADSettings,
     Hypersphere,
     deep_sad_loss,
-    gradient_step,
     make_optimizer,
     move_from_zero,
     reconstruction_error,
 )
+from kka.detectors.parts import gradient_step
 from kka.errors import TrainingError, UserError
 from kka.journal import Journal
 from kka.metrics import auroc
@@ -87,7 +87,7 @@ def test_training_curve_equals_official_code():
         losses = deep_sad_loss(model(images[batch]), semi_targets[batch])
         per_sample = expected["output_per_sample_loss_per_step"][step]
         torch.testing.assert_close(losses, per_sample, rtol=5e-2, atol=0)
-        loss = gradient_step(optimizer, losses.mean(), f"step {step}")
+        loss = gradient_step(losses.mean(), [optimizer], f"step {step}")
         assert loss == pytest.approx(float(expected["output_loss_per_step"][step]), rel=5e-3)
     model.eval()
     with torch.no_grad():
@@ -111,7 +111,7 @@ def test_autoencoder_curve_equals_official_code():
     autoencoder.train()
     for step, batch in enumerate(expected["input_batch_order_row_is_step"].long()):
         error = reconstruction_error(autoencoder(images[batch]), images[batch]).mean()
-        loss = gradient_step(optimizer, error, f"step {step}")
+        loss = gradient_step(error, [optimizer], f"step {step}")
         assert loss == pytest.approx(float(expected["output_loss_per_step"][step]), rel=2e-3)
     autoencoder.eval()
     with torch.no_grad():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kka.detectors.contract import Evaluate
-from kka.detectors.deep_sad import gradient_step
+from kka.detectors.parts import gradient_step
 from kka.detectors.ssd import SSD, SSDSettings, contrastive_loss
 from kka.errors import UserError
 from kka.journal import Journal, Stateful
@@ -162,11 +162,11 @@ class CMDA(SSD):
         a, b = self.project(first, second)
         loss = contrastive_loss(a, b, s.temperature)
         loss = loss + s.cross_weight * contrastive_loss(a, text(captions), s.temperature)
-        views_loss = gradient_step(cross, loss, f"epoch {epoch}", "lower --lr")
+        views_loss = gradient_step(loss, [cross], f"epoch {epoch}")
         weights = self.weigh(first, captions, text)
         a, b = self._project_mixed(weights, first, second)
         loss = contrastive_loss(a, b, s.temperature)
-        mixed_loss = gradient_step(image, loss, f"epoch {epoch}", "lower --lr")
+        mixed_loss = gradient_step(loss, [image], f"epoch {epoch}")
         return views_loss, mixed_loss, mixing_entropy(weights.detach())
 
     def weigh(self, images: Tensor, captions: Tensor, text: nn.Module) -> Tensor:

@@ -4,7 +4,6 @@ An encoder without biases maps normal images near a fixed centre c and labelled 
 score is the squared distance to c. Implementation details are numbered in docs/implementation_details.md.
 """
 
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ from torch.optim.lr_scheduler import MultiStepLR
 
 from kka.augment import augment, luma, normalize, to_unit
 from kka.detectors.contract import Evaluate
-from kka.errors import TrainingError, UserError
+from kka.detectors.parts import gradient_step
+from kka.errors import UserError
 from kka.journal import Journal, Stateful
 from kka.networks.lenet import NETWORKS, Autoencoder, build_network
 from kka.seeds import generator, seeded
@@ -27,6 +27,7 @@ from kka.train_set import TrainSet
 EPS = 1e-6  # in the inverse of Eq. (5)
 MIN_CENTER = 0.1  # no coordinate of c is closer to 0: a bias-free network would reach it by zero weights
 SCORE_BATCH = 256
+ADVICE = "lower --lr or --eta"
 OPTIMIZERS = ("adam", "amsgrad")
 
 M = TypeVar("M", bound=nn.Module)
@@ -161,7 +162,9 @@ class DeepSAD:
                 with self._autocast():
                     reconstructions = autoencoder(inputs)
                 loss = F.mse_loss(reconstructions.float(), targets)
-                total += len(batch) * gradient_step(optimizer, loss, f"epoch {epoch} of pre-training")
+                total += len(batch) * gradient_step(
+                    loss, [optimizer], f"epoch {epoch} of pre-training", ADVICE
+                )
             scheduler.step()
             journal.record("pretrain", epoch, loss=total / self._epoch_size(train, s.ae_batch_size))
         if evaluate is not None and "ae" not in journal.facts:
@@ -185,7 +188,7 @@ class DeepSAD:
                 with self._autocast():
                     distances = model(inputs)
                 loss = deep_sad_loss(distances.float(), train.semi_targets[batch], s.eta).mean()
-                total += len(batch) * gradient_step(optimizer, loss, f"epoch {epoch} of training")
+                total += len(batch) * gradient_step(loss, [optimizer], f"epoch {epoch} of training", ADVICE)
             scheduler.step()
             curve = {}
             if evaluate is not None and s.test_every and (epoch + 1) % s.test_every == 0:
@@ -282,16 +285,3 @@ def make_optimizer(name: str, model: nn.Module, lr: float, weight_decay: float) 
     return torch.optim.Adam(
         model.parameters(), lr=lr, weight_decay=weight_decay, amsgrad=name == "amsgrad", fused=True
     )
-
-
-def gradient_step(
-    optimizer: torch.optim.Optimizer, loss: Tensor, where: str, advice: str = "lower --lr or --eta"
-) -> float:
-    """One gradient step; returns the loss, raises TrainingError with the advice if it is not finite."""
-    value = loss.item()
-    if not math.isfinite(value):
-        raise TrainingError(f"the loss became {value} in {where}; {advice}")
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    return value

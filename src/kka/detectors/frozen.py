@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
-from kka.detectors.deep_sad import Evaluate
+from kka.detectors.contract import Evaluate
 from kka.detectors.parts import in_batches, split_labels
 from kka.errors import UserError
 from kka.journal import Journal

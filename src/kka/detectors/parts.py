@@ -1,7 +1,7 @@
 """What several detectors share: labels to batches, guards, smoothing of anomaly maps."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from scipy.ndimage import gaussian_filter
@@ -33,8 +33,10 @@ def cycled(rows: Tensor, count: int, stream: Generator) -> Tensor:
     return rows[torch.cat(order)[:count]]
 
 
-def gradient_step(loss: Tensor, optimizers: list[torch.optim.Optimizer], where: str, advice: str) -> float:
-    """One step of all optimizers; returns the loss, raises TrainingError if it is not finite."""
+def gradient_step(
+    loss: Tensor, optimizers: Sequence[torch.optim.Optimizer], where: str, advice: str = "lower --lr"
+) -> float:
+    """One step of all optimizers; returns the loss, raises TrainingError with the advice if it is not finite."""
     value = loss.item()
     if not math.isfinite(value):
         raise TrainingError(f"the loss became {value} in {where}; {advice}")

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kka.detectors.deep_sad import Evaluate
+from kka.detectors.contract import Evaluate
 from kka.detectors.parts import cycled, gradient_step, in_batches, smooth, split_labels
 from kka.errors import UserError
 from kka.journal import Journal, Stateful

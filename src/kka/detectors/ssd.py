@@ -20,7 +20,8 @@ from torch import Tensor
 
 from kka.augment import augment, normalize, to_unit
 from kka.detectors.contract import Evaluate
-from kka.detectors.deep_sad import SCORE_BATCH, gradient_step
+from kka.detectors.deep_sad import SCORE_BATCH
+from kka.detectors.parts import gradient_step
 from kka.errors import UserError
 from kka.journal import Journal, Stateful
 from kka.networks.resnet import ENCODERS, ProjectedEncoder
@@ -195,7 +196,7 @@ class SSD:
             for batch, first, second in self._batches(normals, epoch, [optimizer]):
                 a, b = self.project(first, second)
                 loss = contrastive_loss(a, b, self.settings.temperature)
-                total += len(batch) * gradient_step(optimizer, loss, f"epoch {epoch}", "lower --lr")
+                total += len(batch) * gradient_step(loss, [optimizer], f"epoch {epoch}")
             curve = self._curve(train, epoch, evaluate)
             journal.record("train", epoch, loss=total / self._epoch_size(len(normals)), **curve)
 
