@@ -36,7 +36,7 @@ def cycled(rows: Tensor, count: int, stream: Generator) -> Tensor:
 def gradient_step(
     loss: Tensor, optimizers: Sequence[torch.optim.Optimizer], where: str, advice: str = "lower --lr"
 ) -> float:
-    """One step of all optimizers; returns the loss, raises TrainingError with the advice if it is not finite."""
+    """One step of all optimizers; returns the loss, raises TrainingError if it is not finite."""
     value = loss.item()
     if not math.isfinite(value):
         raise TrainingError(f"the loss became {value} in {where}; {advice}")
