@@ -44,18 +44,28 @@ def test_pairing_is_balanced():
     assert len(pair_up(hard_captions(2), easy_captions(3), 10)) == 6
 
 
+def captions_of(pairs):
+    return {pair[side] for pair in pairs for side in ("chosen", "rejected")}
+
+
 def test_a_seed_gives_one_pairing(tmp_path):
     run = write_run(tmp_path / "run", hard_captions(8), easy_captions(20))
     assert build(run, seed=3) == build(run, seed=3) != build(run, seed=4)
 
 
 def test_validation_captions_are_unseen(tmp_path):
-    pairs = build(write_run(tmp_path / "run", hard_captions(10), easy_captions(20)), validation_share=0.2)
-    assert pairs.counts["train"] == 8 * 4
-    assert pairs.counts["validation"] == 2 * 4
-    for side in ("chosen", "rejected"):
-        train, held = ({pair[side] for pair in part} for part in (pairs.train, pairs.validation))
-        assert not train & held
+    pairs = build(write_run(tmp_path / "run", hard_captions(50), easy_captions(90)), validation_share=0.2)
+    assert pairs.counts["train"] + pairs.counts["validation"] == 50 * 4
+    assert 4 <= pairs.counts["validation"] / 4 <= 18  # 10 are expected
+    assert not captions_of(pairs.train) & captions_of(pairs.validation)
+
+
+def test_captions_held_out_stay_so_in_later_rounds(tmp_path):
+    hard, easy = hard_captions(20), easy_captions(40)
+    first = build(write_run(tmp_path / "first", hard, easy), validation_share=0.3)
+    second = build(write_run(tmp_path / "second", easy[:30] + ["new 1", "new 2"], hard), validation_share=0.3)
+    trained = captions_of(first.train) | captions_of(second.train)
+    assert not trained & (captions_of(first.validation) | captions_of(second.validation))
 
 
 def test_a_single_caption_is_not_held_out(tmp_path):
@@ -160,7 +170,8 @@ def test_official_shape(tmp_path):
     official = [{**pair, "prompt": [pair["prompt"]]} for pair in rows(20)]
     pairs = read(write_list(tmp_path / "training_data.json", official))
     assert pairs.prompt == "describe"
-    assert (len(pairs.train), len(pairs.validation)) == (17, 3)
+    assert len(pairs.train) + len(pairs.validation) == 20
+    assert pairs.validation
     chosen = [{pair["chosen"] for pair in part} for part in (pairs.train, pairs.validation)]
     assert not chosen[0] & chosen[1]
 

@@ -1,6 +1,5 @@
 """Preference pairs for Eq. (7): the caption of a hard anomaly is chosen, that of an easy one rejected."""
 
-import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -215,12 +214,8 @@ def _split_and_pair(
     hard: list[str], easy: list[str], settings: PairSettings, seed: int
 ) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """Hold out hard and easy captions, then pair within each part: validation pairs are new on both sides."""
-    parts = []
-    for captions, side in ((hard, "hard"), (easy, "easy")):
-        shuffled = _shuffled(captions, seed, side)
-        n_held = _held_count(len(captions), settings.validation_share)
-        parts.append((shuffled[n_held:], shuffled[:n_held]))
-    (hard_train, hard_held), (easy_train, easy_held) = parts
+    hard_train, hard_held = _divide(hard, settings.validation_share, seed)
+    easy_train, easy_held = _divide(easy, settings.validation_share, seed)
     n = settings.pairs_per_hard
     return pair_up(hard_train, easy_train, n), pair_up(hard_held, easy_held, n)
 
@@ -267,20 +262,22 @@ def _text_fault(value: Any) -> str | None:
 def _hold_out(rows: list[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
     """Split by chosen caption."""
     chosen = list(dict.fromkeys(_key(row["chosen"]) for row in rows))
-    held = set(_shuffled(chosen, seed, "rows")[: _held_count(len(chosen), share)])
+    held = set(_divide(chosen, share, seed)[1])
     train = [row for row in rows if _key(row["chosen"]) not in held]
     return train, [row for row in rows if _key(row["chosen"]) in held]
 
 
-def _held_count(n: int, share: float) -> int:
-    """Captions to hold out of n: at least one if any are wanted, never all."""
-    return min(max(1, round(share * n)), n - 1) if share > 0 and n > 1 else 0
+def _divide(captions: Sequence[str], share: float, seed: int) -> tuple[list[str], list[str]]:
+    """Training and held-out captions, in random order; at least one of each if that can be.
 
-
-def _shuffled(texts: Sequence[str], seed: int, purpose: str) -> list[str]:
-    shuffled = list(texts)
-    random.Random(derive_seed(seed, "pairs", purpose)).shuffle(shuffled)
-    return shuffled
+    A caption's side follows from seed and text alone: what is held out in one round of Algorithm 1 was not
+    trained on in an earlier one, whichever side of a pair it was on.
+    """
+    place = {text: derive_seed(seed, "held out", _key(text)) for text in captions}
+    order = sorted(captions, key=place.__getitem__)
+    n_held = sum(value < share * 2**63 for value in place.values())
+    n_held = min(max(1, n_held), len(order) - 1) if share > 0 and len(order) > 1 else 0
+    return order[n_held:], order[:n_held]
 
 
 def _rows(prompt: str, captions: list[tuple[str, str]]) -> list[Pair]:
