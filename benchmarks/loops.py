@@ -51,7 +51,8 @@ def main() -> None:
     s = make_settings(StudySettings, vars(build_parser("Loops, compared.", StudySettings).parse_args(words)))
     if not flags:
         flags = [str(word) for name, value in FLAGS.items() for word in (f"--{name}", value)]
-    report: dict[str, Any] = {"flags": flags, "git_commit": git_commit(), "processor": processor()}
+    shown = [Path(word).name if os.sep in word else word for word in flags]  # published: no one's folders
+    report: dict[str, Any] = {"flags": shown, "git_commit": git_commit(), "processor": processor()}
     report["threads"] = torch.get_num_threads()
     report["loops"] = [run(flags, mode, seed, s) for seed in range(s.seeds) for mode in s.modes]
     write_json(Path(f"{s.out}.json"), report, indent=1)

@@ -4,12 +4,14 @@
     python src/iterate.py --dataset_name garden --llm_model DIR --drawer_backend garden
 
 Flags of the LLM begin with --llm_, of the text-to-image model with --drawer_, of DPO with --tune_ and
---pairs_; all others are the loop's and the detector's. An interrupted loop continues with the same command.
+--pairs_, of --evaluator frozen with --evaluator_; all others are the loop's and the detector's. An
+interrupted loop continues with the same command.
 """
 
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,6 +19,7 @@ from kka.algorithm import run_kka
 from kka.command_line import parse_command
 from kka.datasets import get_spec
 from kka.datasets.sources import data_root
+from kka.detectors.frozen import FrozenSettings
 from kka.drawers import DrawerSettings
 from kka.errors import run_script
 from kka.experiment import check_detector, fill_epochs, find_device
@@ -27,11 +30,12 @@ from kka.pairs import PairSettings
 from kka.preference_trainer import TuneSettings
 from kka.settings import make_settings, take_prefix
 
-PREFIXED = {
+PREFIXED: dict[str, type[Any]] = {
     "llm": LanguageModelSettings,
     "drawer": DrawerSettings,
     "tune": TuneSettings,
     "pairs": PairSettings,
+    "evaluator": FrozenSettings,
 }
 
 
@@ -40,15 +44,18 @@ def main() -> None:
     torch.set_flush_denormal(True)  # before there are threads, which inherit it
     flags, detector = parse_command("Algorithm 1, unattended.", LoopSettings, **PREFIXED)
     settings = make_settings(LoopSettings, flags)
-    llm, drawer, tuning, pairs = (
+    llm, drawer, tuning, pairs, frozen = (
         make_settings(cls, take_prefix(prefix, flags)) for prefix, cls in PREFIXED.items()
     )
     spec = get_spec(settings.dataset_name)
     detector = fill_epochs(detector, spec)
-    check_detector(detector, None, None)
+    evaluator = frozen if settings.evaluator == "frozen" else None
+    for each in (detector, evaluator):
+        if each:
+            check_detector(each, None, None)
     device, root = find_device(settings.device, strict=False), data_root(spec, settings.data_path)
     folder = Path(settings.xp_path).expanduser() if settings.xp_path else Path()
-    loop = Loop(folder, root, spec, settings, detector, llm, drawer, tuning, pairs, device)
+    loop = Loop(folder, root, spec, settings, detector, llm, drawer, tuning, pairs, device, evaluator)
     if not settings.xp_path:
         loop = replace(loop, folder=default_folder(loop))
     check_loop(loop)

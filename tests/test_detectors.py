@@ -5,6 +5,7 @@ from dataclasses import fields
 import pytest
 import safetensors.torch
 import torch
+from torchvision.models import get_model
 from toy import read_json, refused, results, run_main, run_toy, snapshot
 
 from kka.datasets import ucm_caption
@@ -22,13 +23,28 @@ from kka.settings import _element_type, make_settings
 
 NO_AUTOENCODER = {"ae_n_epochs": None, "ae_batch_size": None}
 CONTRASTIVE = {**NO_AUTOENCODER, "preset": "cpu", "warmup": 0, "copies": 1}
-# The flags of a quick run of each detector; a new one needs a line here.
+BACKBONE = {**NO_AUTOENCODER, "preset": "cpu", "backbone_init": "random", "image_size": 48}
+PATCHES = {"pretrain_embed_dimension": 32, "target_embed_dimension": 16, "dsc_hidden": 8, "feature_std": 0.1}
+# The flags of a quick run of each detector; a new one needs a line here and in LENGTH.
 QUICK = {
     "deep_sad": {},
     "ssd": CONTRASTIVE,
     "cmda": {**CONTRASTIVE, "text_width": 8},
+    "simplenet": {**BACKBONE, **PATCHES},
+    "recontrast": {**BACKBONE, "n_epochs": None, "width": 0.1},
+    "frozen": {**BACKBONE, "n_epochs": None, "batch_size": None},
 }
 OTHERS = tuple(name for name in QUICK if name != "deep_sad")
+# The flag that says how long is trained, and its value for two epochs.
+LENGTH = {**dict.fromkeys(QUICK, ("n_epochs", 2)), "recontrast": ("n_iterations", 4), "frozen": None}
+
+
+def two_epochs(name):
+    return dict([LENGTH[name]]) if LENGTH[name] else {}
+
+
+def no_training(name):
+    return dict.fromkeys(two_epochs(name), 0)
 
 
 def quick(root, folder, name, **flags):
@@ -45,7 +61,7 @@ def runs(toy_set, tmp_path_factory):
     """The folder of a finished run of each detector, two epochs, with anomalies."""
     folder = tmp_path_factory.mktemp("runs")
     for name in QUICK:
-        ran(quick(toy_set, folder / name, name, n_epochs=2))
+        ran(quick(toy_set, folder / name, name, **two_epochs(name)))
     return folder
 
 
@@ -66,11 +82,11 @@ def test_run_folder_is_complete_and_found_again(toy_set, runs, name):
     assert read_json(folder / "model.json")["detector"] == name
     config = read_json(folder / "config.json")
     assert (config["settings"]["detector"], config["identity"]["detector"]) == (name, name)
-    assert config["settings"]["n_epochs"] == 2
+    assert two_epochs(name).items() <= config["settings"].items()
     losses = read_json(folder / "epoch_results.json")["train_losses"]
     assert losses
     before = snapshot(folder)
-    assert "is finished" in ran(quick(toy_set, folder, name, n_epochs=2)).log
+    assert "is finished" in ran(quick(toy_set, folder, name, **two_epochs(name))).log
     assert snapshot(folder) == before
 
 
@@ -91,15 +107,17 @@ def test_loaded_detector_gives_the_scores_of_its_run(toy_set, runs, name):
 def test_interrupted_run_continues_to_the_same_numbers(toy_set, runs, name, tmp_path, monkeypatch):
     def record_and_stop(self, phase, epoch, **values):
         record(self, phase, epoch, **values)
-        if epoch == 1:
+        if epoch == last:
             raise KeyboardInterrupt
 
+    last = 1 if LENGTH[name] else 0
     record = Journal.record
     monkeypatch.setattr(Journal, "record", record_and_stop)
-    flags = {"n_epochs": 2, "checkpoint_every": 0}
+    flags = {**two_epochs(name), "checkpoint_every": 0}
     assert quick(toy_set, tmp_path / "run", name, **flags).code == 130
     monkeypatch.setattr(Journal, "record", record)
-    assert "continuing after epoch 1 of train" in ran(quick(toy_set, tmp_path / "run", name, **flags)).log
+    log = ran(quick(toy_set, tmp_path / "run", name, **flags)).log
+    assert ("continuing after epoch 1 of train" in log) == (last == 1)
     assert results(tmp_path / "run") == results(runs / name)
     for file in ("model.safetensors", "metrics.jsonl", "d_samples.json"):
         assert (tmp_path / "run" / file).read_bytes() == (runs / name / file).read_bytes()
@@ -107,27 +125,44 @@ def test_interrupted_run_continues_to_the_same_numbers(toy_set, runs, name, tmp_
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_crossfit_and_no_anomalies_work(toy_set, runs, name, tmp_path):
-    ran(quick(toy_set, tmp_path / "crossfit", name, n_epochs=2, split="crossfit"))
+    ran(quick(toy_set, tmp_path / "crossfit", name, split="crossfit", **two_epochs(name)))
     values = results(tmp_path / "crossfit")
     assert values["test_scores"] == results(runs / name)["test_scores"]
     assert values["n_hard"] + values["n_easy"] == 8
-    ran(quick(toy_set, tmp_path / "none", name, n_anomalies=0))
+    ran(quick(toy_set, tmp_path / "none", name, n_anomalies=0, **two_epochs(name)))
     assert results(tmp_path / "none")["n_generated"] == 0
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_model_that_is_loaded_scores_as_before(toy_set, runs, name, tmp_path):
-    ran(quick(toy_set, tmp_path / "run", name, n_epochs=0, load_model=runs / name))
+    ran(quick(toy_set, tmp_path / "run", name, load_model=runs / name, **no_training(name)))
     assert results(tmp_path / "run")["test_scores"] == results(runs / name)["test_scores"]
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_model_of_another_detector_is_refused(toy_set, runs, name, tmp_path):
-    parts = ["--load_model", f"holds another network than --detector {name} --arch cifar10_LeNet"]
+    network = "--backbone squeezenet1_0" if "backbone_init" in QUICK[name] else "--arch cifar10_LeNet"
+    parts = ["--load_model", f"holds another network than --detector {name} {network}"]
     refused(quick(toy_set, tmp_path / "run", name, load_model=runs / "deep_sad"), *parts)
     parts = ["--load_model", "holds another network than --detector deep_sad --net_name cifar10_LeNet"]
     refused(quick(toy_set, tmp_path / "run", "deep_sad", load_model=runs / name), *parts)
     assert not (tmp_path / "run").exists()
+
+
+def test_weights_of_a_backbone_count_by_content(toy_set, tmp_path):
+    flags = {"backbone_init": None, "backbone_weights": tmp_path / "weights.pth"}
+    refused(quick(toy_set, tmp_path / "run", "frozen", **flags), "weights.pth does not exist")
+    torch.save(get_model("squeezenet1_0").state_dict(), flags["backbone_weights"])
+    ran(quick(toy_set, tmp_path / "run", "frozen", **flags))
+    other = tmp_path / "elsewhere" / "other.pth"
+    other.parent.mkdir()
+    (tmp_path / "weights.pth").rename(other)
+    again = quick(toy_set, tmp_path / "run", "frozen", **{**flags, "backbone_weights": other})
+    assert "is finished" in ran(again).log
+    assert load_detector(tmp_path / "run", torch.device("cpu")).image_size == 48  # its own copy of them
+    torch.save(get_model("squeezenet1_0").state_dict(), other)
+    outcome = quick(toy_set, tmp_path / "run", "frozen", **{**flags, "backbone_weights": other})
+    refused(outcome, "other settings", "backbone_weights")
 
 
 def test_config_of_a_run_repeats_it_with_its_detector(runs, tmp_path):
@@ -190,7 +225,7 @@ def test_shared_flags_have_the_default_of_each_detector(monkeypatch):
     assert given(monkeypatch, "--detector", "ssd") == SSDSettings()
     assert given(monkeypatch, "--detector", "cmda") == CMDASettings()
     words = ("--lr", "0.25", "--n_epochs", "3", "--batch_size", "4")
-    for name in DETECTORS:
+    for name in ("deep_sad", "ssd", "cmda"):
         settings = given(monkeypatch, "--detector", name, *words)
         assert (settings.lr, settings.n_epochs, settings.batch_size) == (0.25, 3, 4)
 
@@ -216,7 +251,7 @@ def test_presets_make_valid_settings(name):
     for values in getattr(settings_class, "PRESETS", {}).values():
         settings = fill_epochs(make_settings(settings_class, values), ucm_caption.SPEC)
         assert detector_name(settings) == name
-        assert getattr(settings, "n_epochs", 300) == 300
+        assert getattr(settings, "n_epochs", None) in (None, values.get("n_epochs") or 300)
         assert build_detector(settings).image_size >= 28
 
 
@@ -233,8 +268,9 @@ def test_shared_flags_have_one_meaning_of_their_type():
 def test_help_lists_the_flags_of_every_detector_in_groups(words, capsys):
     assert run_main(words).code == 0
     text = capsys.readouterr().out
-    groups = [text.index(f"\n{title} options") for title in ("Deep SAD's", "SSD's", "CMDA's")]
-    assert len(set(groups)) == 3
+    titles = ("Deep SAD's", "SSD's", "CMDA's", "SimpleNet's", "ReContrast's", "Frozen features'")
+    groups = [text.index(f"\n{title} options") for title in titles]
+    assert len(set(groups)) == len(DETECTORS)
     for name, (settings_class, _) in DETECTORS.items():
         assert f"{name}" in text
         start = groups[list(DETECTORS).index(name)]

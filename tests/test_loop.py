@@ -5,6 +5,7 @@ import json
 import os
 import runpy
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,13 +14,16 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 from tiny_models import tiny_glm
+from torchvision.models import get_model
 
 import iterate
 from kka.anomalies import live, read_items
 from kka.datasets import garden
 from kka.describe import read_records
 from kka.errors import run_script
+from kka.files import read_json
 
 ITERATE = Path(iterate.__file__)
 SMALL = {"normal": {"train": 8, "test": 4}, "other": {"train": 1, "test": 1}}
@@ -131,6 +135,30 @@ def test_untuned_images_are_judged_and_never_trained_on(finished):
     rows, _ = snapshot(folder)
     assert [row["hard_untuned"] is None for row in rows["rounds"]] == [True, False, False]
     assert all(len(row["test_aucs"]) == 2 for row in rows["rounds"])
+
+
+def test_frozen_evaluator_judges_and_the_detectors_are_only_tested(world, tmp_path):
+    weights = world / "weights.safetensors"
+    safetensors.torch.save_file(get_model("squeezenet1_0").state_dict(), weights)
+    flags = {
+        "evaluator": "frozen", "evaluator_backbone": "squeezenet1_0", "evaluator_image_size": 48,
+        "evaluator_backbone_weights": weights, "rounds": 1, "n_evaluators": 1,
+    }  # fmt: skip
+    done = run(world, tmp_path / "loop", **flags)
+    assert done.returncode == 0, done.stderr
+    detector = tmp_path / "loop" / "round_0" / "detector"
+    evaluator = detector.with_name("detector_evaluator")
+    cards = [read_json(folder / "model.json") for folder in (detector, evaluator)]
+    assert [card["detector"] for card in cards] == ["deep_sad", "frozen"]
+    judged = live(read_items(tmp_path / "loop" / "round_0" / "0"))
+    split = read_json(evaluator / "d_samples.json")
+    assert sum(item.status == "hard" for item in judged) == len(split)
+    other = shutil.copy(weights, world / "other.safetensors")  # the content counts, not the place
+    assert run(world, tmp_path / "loop", **{**flags, "evaluator_backbone_weights": other}).returncode == 0
+    safetensors.torch.save_file(get_model("squeezenet1_0").state_dict(), other)
+    refused = run(world, tmp_path / "loop", **{**flags, "evaluator_backbone_weights": other})
+    assert refused.returncode == 2
+    assert "evaluator_backbone_weights" in refused.stderr
 
 
 def test_no_caption_comes_twice(finished):

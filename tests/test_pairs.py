@@ -63,7 +63,7 @@ def test_validation_captions_are_unseen(tmp_path):
 def test_captions_held_out_stay_so_in_later_rounds(tmp_path):
     hard, easy = hard_captions(20), easy_captions(40)
     first = build(write_run(tmp_path / "first", hard, easy), validation_share=0.3)
-    second = build(write_run(tmp_path / "second", easy[:30] + ["new 1", "new 2"], hard), validation_share=0.3)
+    second = build(write_run(tmp_path / "second", [*easy[:30], "new 1", "new 2"], hard), validation_share=0.3)
     trained = captions_of(first.train) | captions_of(second.train)
     assert not trained & (captions_of(first.validation) | captions_of(second.validation))
 

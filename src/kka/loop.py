@@ -23,6 +23,7 @@ from kka.datasets.task import Choice, read_task
 from kka.describe import CaptionSettings, ask_for_captions, choose_examples, find_examples
 from kka.detectors import detector_name
 from kka.detectors.contract import DetectorSettings
+from kka.detectors.frozen import FrozenSettings
 from kka.draw import ImageSettings, draw_captions, read_captions
 from kka.drawers import DrawerSettings, build_drawer
 from kka.errors import UserError
@@ -71,6 +72,11 @@ class LoopSettings:
         3,
         "detectors trained on each set, seeds from --seed on; the first judges, all count in the table",
     )
+    evaluator: str = option(
+        "detector",
+        "who judges in Eq. (6): --detector itself, or frozen features, which take seconds",
+        ("detector", "frozen"),
+    )
     draw_batch: int = option(8, "images drawn at once")
     seed: int = option(0, "of every random draw")
     device: str = option("cuda", "of the detector; without a GPU the CPU is taken")
@@ -90,6 +96,8 @@ class Loop:
     tuning: TuneSettings
     pairs: PairSettings
     device: torch.device
+    evaluator: FrozenSettings | None = None
+    """of the confusion evaluator; None: the first detector of each set judges"""
 
     @property
     def n_rounds(self) -> int:
@@ -100,6 +108,10 @@ class Loop:
     def place(self, k: int, name: str) -> Path:
         """A file or folder of round k."""
         return self.folder / f"round_{k}" / name
+
+    def judge(self, folder: Path) -> Path:
+        """The run that judges in Eq. (6), in the folder of a round or of the loop without anomalies."""
+        return folder.with_name(f"{folder.name}_evaluator") if self.evaluator else folder
 
     @cached_property
     def normals(self) -> Images:
@@ -115,8 +127,8 @@ class Loop:
         n = self.settings.n_clusters or len(set(self.normals.classes))
         if self.settings.examples == "random":
             return choose_examples(self.normals.captions, n, self.settings.seed)
-        run = str(self.folder / "none")
-        chosen = CaptionSettings(run=run, n_examples=n, seed=self.settings.seed)
+        run = self.judge(self.folder / "none")
+        chosen = CaptionSettings(run=str(run), n_examples=n, seed=self.settings.seed)
         return find_examples(chosen, self.normals)
 
     def describe(self, k: int, examples: list[str]) -> None:
@@ -189,7 +201,7 @@ class Loop:
         report, s = self.place(k, "judged.json"), self.settings
         if k == 0 or report.exists():
             return
-        run = self.place(k - 1, "detector")
+        run = self.judge(self.place(k - 1, "detector"))
         updating = UpdateSettings(
             dataset_name=self.spec.name, run=str(run), anomaly_path=str(self.place(k - 1, "0")),
             fresh=str(self.place(k, "fresh")), out=str(self.place(k, "0")), mode=s.mode,
@@ -205,7 +217,7 @@ class Loop:
         anomalies, run = self.place(k, "0"), self.place(k, "detector")
         with self._timed(self.place(k, ""), "detect"):
             aucs = self._train(run, anomalies)
-        split = read_split(run)
+        split = read_split(self.judge(run))
         record_split(anomalies, split)
         tuned, judged = self.place(k, "adapter") / TUNED, self.place(k, "judged.json")
         return {
@@ -221,31 +233,40 @@ class Loop:
         }
 
     def _train(self, run: Path, anomalies: Path | None) -> list[float | None]:
-        """Train a set's detectors, of which only the first is judge and splits; test AUC of each."""
+        """Train a set's judge, which splits it, and the detectors of the table; test AUC of each of these."""
         s = self.settings
-        n_anomalies = -1 if anomalies else 0
-        choice = Choice(normal_classes=s.normal_class, anomaly_path=anomalies, n_anomalies=n_anomalies)
-        task, aucs = read_task(self.spec, self.root, choice), []
+        if self.evaluator:
+            self._run(self.judge(run), self.evaluator, anomalies, s.seed, s.split)
+        aucs = []
         for i in range(s.n_evaluators):
-            seed = s.seed + i
-            settings = ExperimentSettings(
-                dataset_name=self.spec.name, data_path=str(self.root), normal_class=s.normal_class,
-                xp_path=str(run if i == 0 else run.with_name(f"{run.name}_seed_{seed}")),
-                anomaly_path=str(anomalies) if anomalies else None, n_anomalies=n_anomalies,
-                split=s.split if i == 0 else "own", threshold_quantile=s.threshold_quantile, seed=seed,
-                device=str(self.device),
-            )  # fmt: skip
-            self._say("src/main.py", settings, self.detector, detector=detector_name(self.detector))
-            results = Run(settings, self.detector, self.spec, task, self.device, None).execute()
-            aucs.append(results["test_auc"])
+            folder = run if i == 0 else run.with_name(f"{run.name}_seed_{s.seed + i}")
+            split = s.split if folder == self.judge(run) else "own"
+            aucs.append(self._run(folder, self.detector, anomalies, s.seed + i, split))
         return aucs
+
+    def _run(
+        self, folder: Path, detector: DetectorSettings, anomalies: Path | None, seed: int, split: str
+    ) -> float | None:
+        """One run of src/main.py; returns its test AUC."""
+        s, n_anomalies = self.settings, -1 if anomalies else 0
+        settings = ExperimentSettings(
+            dataset_name=self.spec.name, data_path=str(self.root), normal_class=s.normal_class,
+            xp_path=str(folder), anomaly_path=str(anomalies) if anomalies else None,
+            n_anomalies=n_anomalies, split=split, threshold_quantile=s.threshold_quantile, seed=seed,
+            device=str(self.device),
+        )  # fmt: skip
+        self._say("src/main.py", settings, detector, detector=detector_name(detector))
+        choice = Choice(normal_classes=s.normal_class, anomaly_path=anomalies, n_anomalies=n_anomalies)
+        task = read_task(self.spec, self.root, choice)
+        return Run(settings, detector, self.spec, task, self.device, None).execute()["test_auc"]
 
     def tune(self, k: int) -> None:
         """Eq. (7): the adapter of round k from the hard and easy anomalies of the round before.
 
         Where all are hard or all are easy there is nothing to prefer, and the LLM stays as it is.
         """
-        out, run, anomalies = self.place(k, "adapter"), self.place(k - 1, "detector"), self.place(k - 1, "0")
+        out, run = self.place(k, "adapter"), self.judge(self.place(k - 1, "detector"))
+        anomalies = self.place(k - 1, "0")
         if (out / TUNED).exists():
             return
         try:
@@ -296,6 +317,8 @@ def describe_settings(loop: Loop) -> dict[str, Any]:
     """All settings of a loop as JSON values, for its config.json."""
     prefixed: dict[str, Any] = {"detector": detector_name(loop.detector)}
     parts: dict[str, Any] = {"llm": loop.llm, "drawer": loop.drawer, "tune": loop.tuning, "pairs": loop.pairs}
+    if loop.evaluator:
+        parts["evaluator"] = loop.evaluator
     for name, part in parts.items():
         prefixed |= {f"{name}_{key}": value for key, value in asdict(part).items()}
     return {**asdict(loop.settings), **asdict(loop.detector), **prefixed}

@@ -10,6 +10,7 @@ from kka.errors import UserError
 from kka.files import read_json, write_bytes, write_json
 from kka.loop import Loop, describe_settings
 from kka.metrics import format_interval
+from kka.networks.backbones import content_of_weights
 from kka.picture import draw_loop, split_rows
 from kka.runs import RESULTS, ROOT, claim, fingerprint, locked, write_config
 
@@ -21,15 +22,18 @@ PLACE = frozenset(
 log = logging.getLogger(__name__)
 
 
-def identity_of(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that decide the numbers."""
+def identity_of(loop: Loop) -> dict[str, Any]:
+    """All that decides the numbers: settings, and weights by their content."""
+    settings = describe_settings(loop) | content_of_weights(loop.detector)
+    evaluator = content_of_weights(loop.evaluator)
+    settings |= {f"evaluator_{key}": value for key, value in evaluator.items()}
     return {key: value for key, value in settings.items() if key not in PLACE and not key.endswith("_device")}
 
 
 def default_folder(loop: Loop) -> Path:
     """log/<data set>/<name>, where the name says mode and seed and holds a hash of the settings."""
     s = loop.settings
-    digest = fingerprint(identity_of(describe_settings(loop)))[:6]
+    digest = fingerprint(identity_of(loop))[:6]
     return ROOT / "log" / loop.spec.name / (s.name or f"kka_{s.mode}_seed{s.seed}_{digest}")
 
 
@@ -38,8 +42,8 @@ def opened(loop: Loop) -> Iterator[None]:
     """Hold the loop's folder; raises UserError if it belongs to other settings or another process has it."""
     settings = describe_settings(loop)
     with locked(loop.folder):
-        claim(loop.folder, identity_of(settings), loop.settings.overwrite)
-        write_config(loop.folder, identity_of(settings), settings)
+        claim(loop.folder, identity_of(loop), loop.settings.overwrite)
+        write_config(loop.folder, identity_of(loop), settings)
         yield
 
 

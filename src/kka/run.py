@@ -23,6 +23,7 @@ from kka.errors import UserError
 from kka.files import read_json, write_json
 from kka.journal import Journal
 from kka.metrics import auroc
+from kka.networks.backbones import content_of_weights
 from kka.options import PLACE, ExperimentSettings
 from kka.results import (
     MODEL_CARD,
@@ -74,6 +75,7 @@ class Run:
             "detector": self.name,
             **chosen,
             **asdict(self.detector_settings),
+            **content_of_weights(self.detector_settings),
             "data": fingerprint(data),
             "load_model": digest_weights(self.weights) if self.weights else None,
         }

@@ -11,12 +11,18 @@ import torch
 from kka.detectors.cmda import CMDA, CMDASettings
 from kka.detectors.contract import Detector, DetectorSettings
 from kka.detectors.deep_sad import DeepSAD, DeepSADSettings
+from kka.detectors.frozen import Frozen, FrozenSettings
+from kka.detectors.recontrast import ReContrast, ReContrastSettings
+from kka.detectors.simplenet import SimpleNet, SimpleNetSettings
 from kka.detectors.ssd import SSD, SSDSettings
 
 DETECTORS: dict[str, tuple[type[Any], Callable[..., Detector]]] = {
     "deep_sad": (DeepSADSettings, DeepSAD),
     "ssd": (SSDSettings, SSD),
     "cmda": (CMDASettings, CMDA),
+    "simplenet": (SimpleNetSettings, SimpleNet),
+    "recontrast": (ReContrastSettings, ReContrast),
+    "frozen": (FrozenSettings, Frozen),
 }
 
 

@@ -27,7 +27,7 @@ SAME = 1e-4  # features closer than this are of the same image
 
 @dataclass(frozen=True)
 class FrozenSettings(BackboneSettings):
-    """Options of the frozen features."""
+    """Frozen features' options; not in the paper."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"cpu": {"backbone": "squeezenet1_0", "image_size": 160}}
 

@@ -15,6 +15,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 from kka.augment import normalize, to_unit
 from kka.errors import UserError
+from kka.files import sha256
 from kka.seeds import seeded
 from kka.settings import option
 
@@ -112,7 +113,10 @@ class Backbone(nn.Module):
         if s.backbone_weights is None:
             self._take(download_weights(s.backbone), "torchvision's weights")
         else:
-            self._take(read_weights(Path(s.backbone_weights)), f"--backbone_weights {s.backbone_weights}")
+            self._take(
+                read_weights(Path(s.backbone_weights).expanduser()),
+                f"--backbone_weights {s.backbone_weights}",
+            )
 
     def check_maps(self) -> None:
         """Raises UserError for a layer whose output is no (C, H, W) map."""
@@ -200,10 +204,24 @@ def download_weights(name: str) -> dict[str, Tensor]:
         ) from None
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Weights from a .pth or .safetensors file; never unpickles foreign objects."""
+def content_of_weights(settings: Any) -> dict[str, str]:
+    """{"backbone_weights": digest} of a detector's file of weights, or nothing without one.
+
+    Raises UserError if the file does not exist.
+    """
+    given = getattr(settings, "backbone_weights", None)
+    return {"backbone_weights": sha256(_check_file(Path(given).expanduser()))[:12]} if given else {}
+
+
+def _check_file(path: Path) -> Path:
     if not path.is_file():
         raise UserError(f"--backbone_weights {path} does not exist; give a .pth or .safetensors file")
+    return path
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Weights from a .pth or .safetensors file; never unpickles foreign objects."""
+    _check_file(path)
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load(path.read_bytes())
