@@ -7,6 +7,7 @@ import pytest
 import torch
 from golden_arrays import tensors, unit
 from test_networks import official_autoencoder, official_encoder
+from torchvision.models import get_model
 
 from kka.detectors.deep_sad import (
     DeepSAD,
@@ -21,6 +22,7 @@ from kka.detectors.parts import gradient_step
 from kka.errors import TrainingError, UserError
 from kka.journal import Journal
 from kka.metrics import auroc
+from kka.networks.lenet import build_network
 from kka.train_set import TrainSet
 
 FAST = DeepSADSettings(n_epochs=2, ae_n_epochs=1, batch_size=8, ae_batch_size=8)
@@ -76,7 +78,7 @@ def test_no_center_coordinate_stays_near_zero():
 
 def test_training_curve_equals_official_code():
     expected = tensors("deep_sad/train_curve")
-    model = Hypersphere("cifar10_LeNet")
+    model = Hypersphere(build_network("cifar10_LeNet"))
     model.net = official_encoder()
     model.center.copy_(expected["input_c"])
     before = {name: weight.detach().clone() for name, weight in model.net.named_parameters()}
@@ -194,6 +196,48 @@ def test_gray_networks_train(net_name):
     train = replace(train, resized=resized)
     detector.fit(train)
     assert detector.score(resized).isfinite().all()
+
+
+SQUEEZENET = replace(FAST, net_name="squeezenet1_1", net_size=48, pretrain=False)
+
+
+def wide(train):
+    """The same images for a network that takes 48 px."""
+    return replace(train, resized=torch.nn.functional.interpolate(train.resized, (48, 48)))
+
+
+@pytest.mark.parametrize("fine_tune", [True, False])
+def test_torchvision_network_learns_and_frozen_features_stay(fine_tune):
+    train = wide(toy_train_set())
+    detector = DeepSAD(replace(SQUEEZENET, fine_tune=fine_tune, n_epochs=6, lr=1e-3))
+    assert detector.image_size == 48
+    before = [value.clone() for value in detector.model.net.backbone.state_dict().values()]
+    detector.fit(train)
+    assert detector.embed(train.resized).shape == (16, 128)
+    assert auroc(train.targets, detector.score(train.resized)) == 1
+    after = detector.model.net.backbone.state_dict().values()
+    assert all(map(torch.equal, before, after)) is not fine_tune
+    other = DeepSAD(SQUEEZENET, seed=3)
+    other.load_state_dict(detector.state_dict())
+    assert torch.equal(other.score(train.resized), detector.score(train.resized))
+
+
+def test_torchvision_network_starts_from_its_weights(tmp_path):
+    weights = get_model("squeezenet1_1").state_dict()
+    torch.save(weights, tmp_path / "weights.pth")
+    settings = replace(
+        SQUEEZENET, pretrain=True, fine_tune=False, backbone_weights=str(tmp_path / "weights.pth")
+    )
+    detector = DeepSAD(settings)
+    detector.fit(wide(toy_train_set()))
+    backbone = detector.model.net.backbone.net.state_dict()
+    assert backbone
+    assert all(torch.equal(value, weights[key]) for key, value in backbone.items())
+
+
+def test_unknown_network_is_refused():
+    with pytest.raises(UserError, match="--net_name 'cifar_LeNet' is no network .* did you mean"):
+        DeepSAD(replace(FAST, net_name="cifar_LeNet"))
 
 
 def test_last_batch_is_kept_unless_it_is_a_single_image_or_unwanted():

@@ -7,6 +7,7 @@ score is the squared distance to c. Implementation details are numbered in docs/
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from kka.detectors.contract import Evaluate
 from kka.detectors.parts import gradient_step
 from kka.errors import UserError
 from kka.journal import Journal, Stateful
+from kka.networks.backbones import BackboneSettings, PooledBackbone, check_backbone
 from kka.networks.lenet import NETWORKS, Autoencoder, build_network
 from kka.seeds import generator, seeded
 from kka.settings import option
@@ -26,7 +28,8 @@ from kka.train_set import TrainSet
 
 EPS = 1e-6  # in the inverse of Eq. (5)
 MIN_CENTER = 0.1  # no coordinate of c is closer to 0: a bias-free network would reach it by zero weights
-SCORE_BATCH = 256
+SCORE_BATCH = {True: 256, False: 32}  # images; of a LeNet or not
+REP_DIM = 128  # dimensions of the sphere of a torchvision network, as of the LeNet's
 ADVICE = "lower --lr or --eta"
 OPTIMIZERS = ("adam", "amsgrad")
 
@@ -37,7 +40,16 @@ M = TypeVar("M", bound=nn.Module)
 class DeepSADSettings:
     """Deep SAD's options; names are the official code's, defaults are the paper's."""
 
-    net_name: str = option("cifar10_LeNet", "network", tuple(NETWORKS))
+    net_name: str = option(
+        "cifar10_LeNet", f"network: {', '.join(NETWORKS)}, or any of torchvision, e.g. resnet18"
+    )
+    net_size: int = option(224, "side of the images for a network of torchvision; a LeNet has its own")
+    fine_tune: bool = option(
+        True, "train a network of torchvision; False: only a linear map of its frozen features"
+    )
+    backbone_weights: str | None = option(
+        None, "file of its ImageNet weights; None: torchvision's, downloaded once"
+    )
     eta: float = option(1.0, "weight of the labelled images")
     optimizer_name: str = option("adam", "optimizer of the detector", OPTIMIZERS)
     lr: float = option(1e-4, "learning rate of the detector")
@@ -47,7 +59,9 @@ class DeepSADSettings:
     lr_milestone: tuple[int, ...] = option((50,), "epochs after which the learning rate drops to a tenth")
     batch_size: int = option(32, "images per training step")
     weight_decay: float = option(0.5e-6, "L2 penalty (lambda) of the detector")
-    pretrain: bool = option(True, "start from the encoder of an autoencoder")
+    pretrain: bool = option(
+        True, "start from the encoder of an autoencoder; a network of torchvision, from its ImageNet weights"
+    )
     ae_optimizer_name: str = option("adam", "optimizer of the autoencoder", OPTIMIZERS)
     ae_lr: float = option(1e-4, "learning rate of the autoencoder")
     ae_n_epochs: int = option(200, "epochs of the autoencoder")
@@ -67,7 +81,9 @@ class DeepSADSettings:
 
 def check_settings(settings: DeepSADSettings) -> None:
     """Raises UserError naming the flag of the first value out of range."""
-    for name in ("lr", "ae_lr", "eta"):
+    if settings.net_name not in NETWORKS:
+        check_backbone(BackboneSettings(settings.net_name), flag="net_name", others=tuple(NETWORKS))
+    for name in ("lr", "ae_lr", "eta", "net_size"):
         if not getattr(settings, name) > 0:
             raise UserError(f"--{name} must be above 0, it is {getattr(settings, name)}")
     for name in ("batch_size", "ae_batch_size"):
@@ -106,10 +122,11 @@ class Hypersphere(nn.Module):
     """An encoder and the centre of its sphere; forward gives squared distances."""
 
     center: Tensor
+    net: Any
 
-    def __init__(self, net_name: str) -> None:
+    def __init__(self, net: nn.Module) -> None:
         super().__init__()
-        self.net = build_network(net_name)
+        self.net = net
         self.register_buffer("center", torch.zeros(self.net.rep_dim))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -123,9 +140,16 @@ class DeepSAD:
     def __init__(self, settings: DeepSADSettings, seed: int = 0, device: str | torch.device = "cpu") -> None:
         check_settings(settings)
         self.settings, self.seed, self.device = settings, seed, torch.device(device)
+        self.autoencoder: Autoencoder | None = None
         with seeded(seed, "init"):
-            self.autoencoder = _channels_last(Autoencoder(settings.net_name).to(self.device))
-            self.model = _channels_last(Hypersphere(settings.net_name).to(self.device))
+            if settings.net_name in NETWORKS:
+                self.autoencoder = _channels_last(Autoencoder(settings.net_name).to(self.device))
+                net: nn.Module = build_network(settings.net_name)
+            else:
+                backbone = BackboneSettings(settings.net_name, settings.backbone_weights)
+                net = PooledBackbone(backbone, settings.net_size, REP_DIM, settings.fine_tune, seed)
+            self.model = _channels_last(Hypersphere(net).to(self.device))
+        self.score_batch = SCORE_BATCH[settings.net_name in NETWORKS]
         self.warm_start = False  # weights and centre were loaded: no pre-training, no new centre
 
     @property
@@ -142,14 +166,23 @@ class DeepSAD:
         self._check_size(train)
         train = train.to(self.device)
         if self.settings.pretrain and not self.warm_start:
-            self.pretrain(train, journal, evaluate)
+            if self.autoencoder is None:
+                self.model.net.backbone.load_pretrained()
+            else:
+                self.pretrain(self.autoencoder, train, journal, evaluate)
         if not self.warm_start:
             self.model.center.copy_(self.find_center(train))
         self.train(train, journal, evaluate)
 
-    def pretrain(self, train: TrainSet, journal: Journal, evaluate: Evaluate | None = None) -> None:
+    def pretrain(
+        self,
+        autoencoder: Autoencoder,
+        train: TrainSet,
+        journal: Journal,
+        evaluate: Evaluate | None = None,
+    ) -> None:
         """Train the autoencoder on all training images and hand its encoder to the detector."""
-        s, autoencoder = self.settings, self.autoencoder
+        s = self.settings
         optimizer = make_optimizer(s.ae_optimizer_name, autoencoder, s.ae_lr, s.ae_weight_decay)
         scheduler = MultiStepLR(optimizer, list(s.ae_lr_milestone), gamma=0.1)
         parts: dict[str, Stateful] = {"net": autoencoder, "optimizer": optimizer, "scheduler": scheduler}
@@ -169,7 +202,7 @@ class DeepSAD:
             journal.record("pretrain", epoch, loss=total / self._epoch_size(train, s.ae_batch_size))
         if evaluate is not None and "ae" not in journal.facts:
             began = time.monotonic()
-            journal.facts["ae"] = {"test_auc": evaluate(self.autoencoder_score)}
+            journal.facts["ae"] = {"test_auc": evaluate(partial(self.autoencoder_score, autoencoder))}
             journal.facts["ae"]["test_time"] = time.monotonic() - began
         if not s.official_pretrain:
             self.model.net.load_state_dict(autoencoder.encoder.state_dict(), strict=True)
@@ -202,14 +235,14 @@ class DeepSAD:
         chosen = train.resized
         if self.settings.center_from == "normals":
             chosen = chosen[train.targets == 0]
-        outputs = [self.model.net(normalize(self._unit(part))) for part in chosen.split(SCORE_BATCH)]
+        outputs = [self.model.net(normalize(self._unit(part))) for part in chosen.split(self.score_batch)]
         return move_from_zero(torch.cat(outputs).mean(0))
 
     @torch.no_grad()
     def score(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) uint8 at the network's size -> (N,) squared distance to the centre, on the CPU."""
         self.model.eval()
-        parts = [self.model(normalize(self._unit(part))) for part in images.split(SCORE_BATCH)]
+        parts = [self.model(normalize(self._unit(part))) for part in images.split(self.score_batch)]
         return torch.cat(parts).cpu()
 
     @torch.no_grad()
@@ -217,19 +250,19 @@ class DeepSAD:
         """(N, 3, H, W) uint8 -> (N, D) features phi(x), on the CPU."""
         self.model.eval()
         return torch.cat(
-            [self.model.net(normalize(self._unit(part))) for part in images.split(SCORE_BATCH)]
+            [self.model.net(normalize(self._unit(part))) for part in images.split(self.score_batch)]
         ).cpu()
 
     @torch.no_grad()
-    def autoencoder_score(self, images: Tensor) -> Tensor:
+    def autoencoder_score(self, autoencoder: Autoencoder, images: Tensor) -> Tensor:
         """(N, 3, H, W) uint8 -> (N,) reconstruction error of the pre-trained autoencoder, on the CPU."""
-        self.autoencoder.eval()
+        autoencoder.eval()
         errors = []
-        for part in images.split(SCORE_BATCH):
+        for part in images.split(self.score_batch):
             unit = self._unit(part)
             inputs = normalize(unit)
             targets = inputs if self.settings.official_pretrain else unit
-            errors.append(reconstruction_error(self.autoencoder(inputs), targets))
+            errors.append(reconstruction_error(autoencoder(inputs), targets))
         return torch.cat(errors).cpu()
 
     def state_dict(self) -> dict[str, Any]:

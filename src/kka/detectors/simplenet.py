@@ -41,7 +41,7 @@ class SimpleNetSettings(BackboneSettings):
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "cpu": {
             "backbone": "squeezenet1_0", "image_size": 224, "pretrain_embed_dimension": 512,
-            "target_embed_dimension": 512, "dsc_hidden": 512, "n_epochs": 40,
+            "target_embed_dimension": 512, "dsc_hidden": 512, "feature_std": 0.05, "n_epochs": 80,
         },
     }  # fmt: skip
 

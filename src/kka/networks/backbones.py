@@ -155,15 +155,39 @@ class Backbone(nn.Module):
             ) from None
 
 
-def check_backbone(settings: BackboneSettings) -> None:
-    """Raises UserError for an unknown network or settings that contradict each other."""
+class PooledBackbone(nn.Module):
+    """A torchvision network as an encoder: pooled features of its deepest layer, then a map without bias.
+
+    (N, 3, size, size) normalised -> (N, rep_dim).
+    """
+
+    channels = 3
+
+    def __init__(
+        self, settings: BackboneSettings, size: int, rep_dim: int, trainable: bool, seed: int
+    ) -> None:
+        super().__init__()
+        self.size, self.rep_dim = size, rep_dim
+        self.backbone = Backbone(settings, size, seed=seed, trainable=trainable)
+        self.head = nn.Linear(self.backbone.shapes[0][0], rep_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.backbone.net(x)[self.backbone.layers[0]]
+        return self.head(maps.flatten(2).mean(2))
+
+
+def check_backbone(settings: BackboneSettings, flag: str = "backbone", others: tuple[str, ...] = ()) -> None:
+    """Raises UserError for an unknown network or settings that contradict each other.
+
+    `others` are names that the flag takes beside torchvision's.
+    """
     known = list_models(module=torchvision.models)
     if settings.backbone not in known:
-        close = difflib.get_close_matches(settings.backbone, known, n=3)
+        close = difflib.get_close_matches(settings.backbone, [*others, *known], n=3)
         hint = (
             f"did you mean {' or '.join(close)}" if close else f"torchvision has {', '.join(known[:4])} ..."
         )
-        raise UserError(f"--backbone {settings.backbone!r} is no network of torchvision; {hint}")
+        raise UserError(f"--{flag} {settings.backbone!r} is no network of torchvision; {hint}")
     if settings.backbone_init == "random" and settings.backbone_weights is not None:
         raise UserError("--backbone_init random and --backbone_weights exclude each other; give one of them")
 

@@ -1,0 +1,189 @@
+"""Table II of the paper on local data: every detector alone and with anomalies, and frozen features beside.
+
+    python benchmarks/table2.py --oxford DIR --ucm DIR --cifar DIR --backbone_weights squeezenet1_0.pth
+
+Each data set must have a folder 0, whose images stand for the generated ones. Every cell is one call of
+src/main.py with several seeds: finished ones are not run again, interrupted ones continue, and the table is
+written after each of them.
+"""
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deep_sad import processor, table
+
+from kka.errors import UserError, run_script
+from kka.files import read_json, write_bytes, write_json
+from kka.metrics import format_interval
+from kka.runs import RESULTS, ROOT, git_commit
+from kka.settings import build_parser, make_settings, option
+
+log = logging.getLogger("table2")
+
+
+@dataclass(frozen=True)
+class TableSettings:
+    """Options of the table."""
+
+    oxford: str | None = option(None, "folder of Oxford-102; None: this column is left out")
+    ucm: str | None = option(None, "folder of UCM-Caption")
+    cifar: str | None = option(None, "folder of CIFAR-100")
+    backbone_weights: str | None = option(None, "weights of SqueezeNet; None: torchvision's, downloaded once")
+    rows: tuple[str, ...] = option((), "names of the rows to make, quoted; none: all")
+    seeds: int = option(3, "runs of each cell")
+    precision: str = option("float32", "of training steps", ("float32", "bfloat16"))
+    num_threads: int = option(0, "threads of PyTorch; 0: its default")
+    folder: str = option(str(ROOT / "log" / "table2"), "folder of the runs")
+    out: str = option(str(Path(__file__).parent / "results" / "table2"), "table without suffix")
+
+
+# Data set: (title, flags). CIFAR-100 is many times larger, so passes and steps are fewer there.
+SETS: dict[str, tuple[str, list[str]]] = {
+    "oxford": ("Oxford-102, 26", ["--dataset_name", "flower", "--normal_class", "26"]),
+    "ucm": ("UCM-Caption, 20 + 21", ["--dataset_name", "ucm_caption"]),
+    "cifar": ("CIFAR-100, furniture", ["--dataset_name", "cifar100", "--normal_superclass", "furniture"]),
+}
+SHORT = {  # the same number of training steps as on UCM-Caption or fewer
+    "deep_sad": ["--n_epochs", "25", "--lr_milestone", "18"],
+    "ssd": ["--n_epochs", "25"],
+    "cmda": ["--n_epochs", "25"],
+    "simplenet": ["--n_epochs", "5", "--image_size", "96"],
+    "recontrast": ["--image_size", "96"],
+    "frozen": [],
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table."""
+
+    detector: str
+    flags: tuple[str, ...]
+    anomalies: bool
+    paper: tuple[str, str, str] = ("", "", "")
+    """AUC in % on CIFAR-100, Oxford-102, UCM-Caption; add / rep"""
+
+
+CPU = ("--preset", "cpu")
+ROWS: dict[str, Row] = {
+    "SSD": Row("ssd", CPU, False, ("60.85", "72.74", "71.89")),
+    "CMDA": Row("cmda", CPU, False, ("62.90", "86.38", "72.06")),
+    "SimpleNet": Row("simplenet", CPU, False, ("74.62", "93.24", "83.80")),
+    "ReContrast, no pre-training": Row(
+        "recontrast", (*CPU, "--backbone_init", "random"), False, ("66.06", "86.93", "72.62")
+    ),
+    "ReContrast": Row("recontrast", CPU, False, ("86.56", "96.32", "79.46")),
+    "Deep SAD": Row("deep_sad", (), False, ("52.48", "68.21", "65.06")),
+    "SAD+KKA": Row("deep_sad", (), True, ("72.71 / 72.26", "94.80 / 94.31", "74.98 / 74.60")),
+    "SimpleNet+KKA": Row("simplenet", CPU, True, ("81.97 / 84.04", "95.45 / 94.77", "94.01 / 94.77")),
+    "ReContrast+KKA": Row("recontrast", CPU, True, ("87.99 / 87.96", "97.88 / 97.18", "83.20 / 82.67")),
+    "SSD_k": Row("ssd", CPU, True),
+    "CMDA+KKA": Row("cmda", CPU, True),
+    "frozen, kNN": Row("frozen", CPU, False),
+    "frozen, kNN + anomalies": Row("frozen", CPU, True),
+    "frozen, logistic + anomalies": Row("frozen", (*CPU, "--head", "logistic"), True),
+}
+PAPER_COLUMN = {"cifar": 0, "oxford": 1, "ucm": 2}
+
+
+def main() -> None:
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    s = make_settings(TableSettings, vars(build_parser("Table II.", TableSettings).parse_args()))
+    unknown = [name for name in s.rows if name not in ROWS]
+    if unknown:
+        raise UserError(f"--rows {unknown[0]!r} is none of {', '.join(ROWS)}")
+    sets = [name for name in SETS if getattr(s, name)]
+    if not sets:
+        raise UserError("give at least one of --oxford, --ucm and --cifar")
+    for row in s.rows or ROWS:
+        for name in sets:
+            run(row, name, s)
+            report = {"processor": processor(), "git_commit": git_commit(), "cells": collect(sets, s)}
+            write_json(Path(f"{s.out}.json"), report, indent=1)
+            write_bytes(Path(f"{s.out}.md"), to_markdown(report, sets).encode())
+    print(to_markdown(report, sets))
+
+
+def place(row: str, name: str, s: TableSettings) -> Path:
+    """Folder of a cell's runs."""
+    return Path(s.folder) / name / row.replace(" ", "_").replace(",", "")
+
+
+def flags_of(row: str, name: str, s: TableSettings) -> list[str]:
+    """The flags of src/main.py that a cell differs by."""
+    own, flags = ROWS[row], ["--detector", ROWS[row].detector, *SETS[name][1], *ROWS[row].flags]
+    flags += SHORT[own.detector] if name == "cifar" else []
+    if own.detector == "deep_sad":
+        flags += ["--pretrain", "False"]
+    if own.detector in ("deep_sad", "ssd", "cmda") and s.precision != "float32":
+        flags += ["--precision", s.precision]
+    return [*flags, "--n_anomalies", "-1" if own.anomalies else "0"]
+
+
+def run(row: str, name: str, s: TableSettings) -> None:
+    """One cell: all its seeds, and the peak of memory while they trained."""
+    folder = place(row, name, s)
+    if (folder / "summary.json").exists() and len(read_json(folder / "summary.json")["seeds"]) == s.seeds:
+        return
+    words = [*flags_of(row, name, s), "--data_path", getattr(s, name), "--xp_path", str(folder)]
+    words += ["--runs", str(s.seeds), "--num_threads", str(s.num_threads), "--device", "cpu"]
+    if s.backbone_weights and ROWS[row].detector in ("simplenet", "recontrast", "frozen"):
+        words += [] if "random" in ROWS[row].flags else ["--backbone_weights", s.backbone_weights]
+    log.info("%s, %s", name, row)
+    process = subprocess.Popen([sys.executable, str(ROOT / "src" / "main.py"), *words])
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise UserError(f"{row} on {name} failed; see above, and start this command again")
+    write_json(folder / "peak.json", usage.ru_maxrss / 1024)
+
+
+def collect(sets: Sequence[str], s: TableSettings) -> dict[str, dict[str, Any]]:
+    """What is finished: {row: {data set: AUCs, seconds, images per second, MiB, flags}}."""
+    cells: dict[str, dict[str, Any]] = {row: {} for row in ROWS}
+    for row in ROWS:
+        for name in sets:
+            folder = place(row, name, s)
+            if not (folder / "summary.json").exists():
+                continue
+            runs = [read_json(folder / f"seed_{k}" / RESULTS) for k in range(s.seeds)]
+            speeds = [len(r["test_scores"]) / r["test_time"] for r in runs]
+            cells[row][name] = {
+                "aucs": [r["test_auc"] for r in runs],
+                "train_seconds": sum(r["train_time"] for r in runs) / len(runs),
+                "test_images_per_second": sum(speeds) / len(speeds),
+                "peak_mib": read_json(folder / "peak.json") if (folder / "peak.json").exists() else None,
+                "flags": flags_of(row, name, s),
+            }
+    return cells
+
+
+def to_markdown(report: dict[str, Any], sets: Sequence[str]) -> str:
+    """AUCs with 95 % t-intervals beside the paper's, and a table of speed and memory."""
+    rows, speeds = [], []
+    for row, cells in report["cells"].items():
+        line, speed = [row], [row]
+        for name in sets:
+            cell = cells.get(name)
+            auc = format_interval(cell["aucs"]).partition(" (")[0] if cell else "not run"
+            line += [auc, ROWS[row].paper[PAPER_COLUMN[name]]]
+            keys = ("train_seconds", "test_images_per_second", "peak_mib")
+            speed += [f"{cell[key]:.0f}" if cell and cell[key] is not None else "" for key in keys]
+        rows.append(line)
+        speeds.append(speed)
+    titles = [SETS[name][0] for name in sets]
+    return (
+        f"{report['processor']}, commit {report['git_commit']}\n"
+        + table("AUC, %|" + "|".join(f"{title}|paper" for title in titles), rows)
+        + table("|" + "|".join(f"{title}: training, s|images/s|MiB" for title in titles), speeds)
+        + "\nFlags of each cell: table2.json\n"
+    )
+
+
+if __name__ == "__main__":
+    run_script(main)
