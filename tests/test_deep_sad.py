@@ -236,7 +236,7 @@ def test_torchvision_network_starts_from_its_weights(tmp_path):
 
 
 def test_unknown_network_is_refused():
-    with pytest.raises(UserError, match="--net_name 'cifar_LeNet' is no network .* did you mean"):
+    with pytest.raises(UserError, match=r"--net_name 'cifar_LeNet' is no network .* did you mean"):
         DeepSAD(replace(FAST, net_name="cifar_LeNet"))
 
 
