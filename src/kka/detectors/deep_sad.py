@@ -28,7 +28,8 @@ from kka.train_set import TrainSet
 
 EPS = 1e-6  # in the inverse of Eq. (5)
 MIN_CENTER = 0.1  # no coordinate of c is closer to 0: a bias-free network would reach it by zero weights
-SCORE_BATCH = {True: 256, False: 32}  # images; of a LeNet or not
+SCORE_BATCH = 256
+LARGE_SCORE_BATCH = 32  # of a torchvision network
 REP_DIM = 128  # dimensions of the sphere of a torchvision network, as of the LeNet's
 ADVICE = "lower --lr or --eta"
 OPTIMIZERS = ("adam", "amsgrad")
@@ -149,7 +150,7 @@ class DeepSAD:
                 backbone = BackboneSettings(settings.net_name, settings.backbone_weights)
                 net = PooledBackbone(backbone, settings.net_size, REP_DIM, settings.fine_tune, seed)
             self.model = _channels_last(Hypersphere(net).to(self.device))
-        self.score_batch = SCORE_BATCH[settings.net_name in NETWORKS]
+        self.score_batch = SCORE_BATCH if self.autoencoder else LARGE_SCORE_BATCH
         self.warm_start = False  # weights and centre were loaded: no pre-training, no new centre
 
     @property
