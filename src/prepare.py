@@ -3,12 +3,14 @@
 python src/prepare.py cifar100
 python src/prepare.py flower --captions cvpr2016_flowers.tar.gz
 python src/prepare.py ucm_caption --source UCM_captions
+python src/prepare.py sdd --source KolektorSDD --out data/sdd      # and seven others, to MVTec's format
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from kka.errors import run_script
+from kka.conversions import CONVERSIONS, convert
+from kka.errors import UserError, run_script
 from kka.prepare import SPECS, prepare
 from kka.settings import build_parser, make_settings, option
 
@@ -30,13 +32,18 @@ class Settings:
 def main() -> None:
     """Parse the flags and prepare."""
     parser = build_parser("Turn an official archive into class folders; run again to continue.", Settings)
-    parser.add_argument("name", choices=tuple(SPECS), help="the data set")
+    parser.add_argument("name", choices=(*SPECS, *CONVERSIONS), help="the data set")
     parser.add_argument(
         "--no_check", action="store_true", help="accept a source that is not the published one"
     )
     flags = vars(parser.parse_args())
     name, no_check = flags.pop("name"), flags.pop("no_check", False)
     settings = make_settings(Settings, flags)
+    if name in CONVERSIONS:
+        if settings.source is None:
+            raise UserError(f"{name} cannot be downloaded; give --source with its unpacked folder")
+        convert(name, Path(settings.source), Path(settings.out or DATA / name))
+        return
     prepare(
         name,
         Path(settings.out or DATA / name),

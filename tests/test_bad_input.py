@@ -63,7 +63,9 @@ def test_empty_data_folder_and_file_as_data_folder(tmp_path, folder):
 
 def test_unknown_data_set(tmp_path, folder):
     outcome = run_toy(tmp_path, folder, dataset_name="flowers")
-    refused(outcome, "unknown data set 'flowers'; known are flower, cifar100, ucm_caption, folder, garden")
+    refused(
+        outcome, "unknown data set 'flowers'; known are flower, cifar100, ucm_caption, garden, folder, mvtec"
+    )
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from kka.options import ExperimentSettings
 
 UCM = ucm_caption.SPEC
 CHOICE = Choice(user_dict={0: [1, 0], 1: [1, 2, 3]})
-CLASS_SETS = [spec for spec in DATASETS.values() if spec.name != "folder"]
+CLASS_SETS = [spec for spec in DATASETS.values() if spec.user_dict]
 
 
 @pytest.mark.parametrize("spec", CLASS_SETS, ids=lambda spec: spec.name)

@@ -43,26 +43,26 @@ class Data:
     normals: Decoded
     generated: Decoded
     test: Decoded
+    known: Decoded
     native: Native | None
     """what the generated images were made like"""
 
     @property
     def n_skipped(self) -> int:
         """Number of unreadable images that were left out."""
-        return sum(int((~part.good).sum()) for part in (self.normals, self.generated, self.test))
+        parts = (self.normals, self.generated, self.test, self.known)
+        return sum(int((~part.good).sum()) for part in parts)
 
 
-def digest_task(task: Task) -> tuple[str, str, str]:
-    """Content digests of normals, generated and test images."""
-    normals, generated, test = (
-        content_digest(part.paths) for part in (task.normals, task.generated, task.test)
-    )
-    return normals, generated, test
+def digest_task(task: Task) -> tuple[str, ...]:
+    """Content digests of normals, generated and test images, and of known anomalies if there are any."""
+    parts = [task.normals, task.generated, task.test, *[task.known] * bool(len(task.known))]
+    return tuple(content_digest(part.paths) for part in parts)
 
 
 def load_data(
     task: Task,
-    digests: tuple[str, str, str],
+    digests: tuple[str, ...],
     size: int,
     skip_bad: bool,
     threads: int,
@@ -87,13 +87,16 @@ def load_data(
     normals = read(task.normals, digests[0], side, "normal images")
     generated = read(task.generated, digests[1], side, "generated anomalies")
     test = read(task.test, digests[2], 0, "test images")
+    known = read(task.known, (*digests, "")[3], side, "known anomalies")
     kept = np.flatnonzero(generated.good.numpy())
     index = tuple(task.generated_index[i] for i in kept)
-    for part, decoded in ((task.normals, normals), (task.generated, generated), (task.test, test)):
+    pairs = ((task.normals, normals), (task.generated, generated), (task.test, test), (task.known, known))
+    for part, decoded in pairs:
         for i in np.flatnonzero(~decoded.good.numpy()):
             log.warning("skipped %s, which cannot be read", part.paths[i])
-    task = Task(_kept(task.normals, normals), _kept(task.generated, generated), index, _kept(task.test, test))
-    data = Data(task, normals, generated, test, native)
+    kept_parts = [_kept(part, decoded) for part, decoded in pairs]
+    task = Task(kept_parts[0], kept_parts[1], index, kept_parts[2], kept_parts[3])
+    data = Data(task, normals, generated, test, known, native)
     if data.n_skipped:
         log.warning("%d unreadable images were skipped", data.n_skipped)
     return data
@@ -103,7 +106,8 @@ def build_train_set(data: Data, settings: LabelSettings, seed: int) -> tuple[Tra
     """The training set with its semi-supervised labels, and the rows of normals that are kept out of it.
 
     Without any ratio every normal is unlabelled and every generated anomaly labelled (the paper); with one,
-    the counts are the official ones. Normals are held out only for --threshold_from heldout.
+    the counts are the official ones. Known real anomalies, which come last, are labelled always. Normals are
+    held out only for --threshold_from heldout.
     """
     rng = np.random.default_rng(derive_seed(seed, "labels"))
     n_normal, n_generated = len(data.normals.images), len(data.generated.images)
@@ -125,7 +129,13 @@ def build_train_set(data: Data, settings: LabelSettings, seed: int) -> tuple[Tra
         torch.from_numpy(semi_targets),
         tuple(captions[i] for i in rows),
     )
-    return train, torch.from_numpy(np.sort(order[:n_heldout]))
+    return add_known(train, data), torch.from_numpy(np.sort(order[:n_heldout]))
+
+
+def add_known(train: TrainSet, data: Data) -> TrainSet:
+    """The training set with the known real anomalies behind it."""
+    k = data.known
+    return train.append_anomalies(k.images, k.native_sizes, k.resized) if len(k.images) else train
 
 
 def _label(

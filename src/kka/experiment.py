@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kka.datasets import get_spec
+from kka.datasets import get_spec, mvtec
 from kka.datasets.layout import ANOMALY_FOLDER, DataSetSpec
 from kka.datasets.sources import data_root
 from kka.datasets.task import Choice, Task, parse_user_dict, read_task
@@ -82,13 +82,18 @@ def choose_task(settings: ExperimentSettings, spec: DataSetSpec, root: Path) -> 
         user_dict=parse_user_dict(settings.user_dict) if settings.user_dict is not None else None,
         iterate=settings.iterate,
         normal_classes=find_normal_classes(settings, spec),
+        category=settings.normal_class,
+        n_known=settings.n_anomaly,
+        known_kind=settings.know_class,
         anomaly_path=Path(settings.anomaly_path).expanduser() if settings.anomaly_path else None,
         n_anomalies=settings.n_anomalies,
         seed=settings.seed,
     )
+    is_mvtec = spec.name == mvtec.SPEC.name
+    folder = (mvtec.class_folder(root, settings.normal_class) if is_mvtec else root) / str(ANOMALY_FOLDER)
     asked = settings.user_dict or settings.iterate or settings.anomaly_path or settings.n_anomalies > 0
-    if not asked and settings.n_anomalies < 0 and not (root / str(ANOMALY_FOLDER)).is_dir():
-        log.warning("there are no generated anomalies at %s; training on normal images only", root / "0")
+    if not asked and settings.n_anomalies < 0 and not folder.is_dir():
+        log.warning("there are no generated anomalies at %s; training without any", folder)
         choice = replace(choice, n_anomalies=0)
     return read_task(spec, root, choice)
 
@@ -96,6 +101,12 @@ def choose_task(settings: ExperimentSettings, spec: DataSetSpec, root: Path) -> 
 def find_normal_classes(settings: ExperimentSettings, spec: DataSetSpec) -> tuple[int, ...]:
     """--normal_class or the classes of --normal_superclass; empty for the data set's own."""
     given, name = settings.normal_class, settings.normal_superclass
+    if spec.name == mvtec.SPEC.name:
+        return ()  # its class is a folder of its own
+    words = [value for value in given if isinstance(value, str)]
+    if words:
+        raise UserError(f"--normal_class {words[0]!r}: the classes of {spec.title} are numbers")
+    numbers = tuple(value for value in given if isinstance(value, int))
     if name is None:
         if given and spec.name == "folder":
             raise UserError(
@@ -103,7 +114,7 @@ def find_normal_classes(settings: ExperimentSettings, spec: DataSetSpec) -> tupl
             )
         if len(set(given)) < len(given):
             raise UserError(f"--normal_class names a class twice: {' '.join(map(str, given))}")
-        return () if given == (0,) else given  # 0 is the official default and means the data set's own
+        return () if given == (0,) else numbers  # 0 is the official default and means the data set's own
     if given:
         raise UserError("give either --normal_class or --normal_superclass")
     matches = [key for key in spec.superclasses if name == key] or [

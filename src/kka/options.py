@@ -10,7 +10,7 @@ from kka.settings import option
 class ExperimentSettings:
     """Data, labels, split and run folder; names are the official code's where it has them."""
 
-    dataset_name: str = option("flower", "flower, cifar100 (mycifar), ucm_caption, folder or garden")
+    dataset_name: str = option("flower", "flower, cifar100 (mycifar), ucm_caption, garden, folder or mvtec")
     data_path: str | None = option(None, "folder of the data set; None: data/<name>, made if it can be")
     xp_path: str | None = option(None, "run folder; None: log/<data set>/<name>")
     name: str | None = option(None, "name of the run folder in log/<data set>; None: made from the settings")
@@ -29,10 +29,18 @@ class ExperimentSettings:
     iterate: bool = option(
         False, "test on test normals and generated anomalies (the official iterating mode)"
     )
-    normal_class: tuple[int, ...] = option((), "folders taken as normal; none: the data set's own")
+    normal_class: tuple[int | str, ...] = option(
+        (), "folders taken as normal, by number, for mvtec by name; none: the data set's own"
+    )
     normal_superclass: str | None = option(None, "superclass of CIFAR-100 taken as normal, e.g. furniture")
     anomaly_path: str | None = option(None, "folder of the generated anomalies; None: <data_path>/0")
     n_anomalies: int = option(-1, "size of a random part of them; -1 all, 0 none")
+    n_anomaly: int = option(
+        0, "real anomalies of the test set that are known: they are trained on as labelled, and not tested"
+    )
+    know_class: str | None = option(
+        None, "the kind they all come from, which is then not tested at all (hard setting); None: all kinds"
+    )
     known_outlier_class: int = option(1, "label of known anomalies; only 1, the anomaly folder, exists", None)
     n_known_outlier_classes: int = option(1, "number of known anomaly classes; only 1 exists", None)
     ratio_known_normal: float | None = option(None, "share of labelled normals (official code: 0)")
@@ -85,6 +93,10 @@ def check_options(settings: ExperimentSettings) -> None:
             raise UserError(f"--{name} must not be negative, it is {getattr(settings, name)}")
     if settings.n_anomalies < -1:
         raise UserError(f"--n_anomalies must be -1 (all), 0 (none) or a number, it is {settings.n_anomalies}")
+    if settings.n_anomaly < 0:
+        raise UserError(f"--n_anomaly must not be negative, it is {settings.n_anomaly}")
+    if settings.know_class is not None and settings.n_anomaly == 0:
+        raise UserError("--know_class needs --n_anomaly, the number of known anomalies")
     if not 0 < settings.threshold_quantile <= 1:
         raise UserError(f"--threshold_quantile must lie in (0, 1], it is {settings.threshold_quantile}")
     if settings.easy_top_k is not None and settings.easy_top_k < 1:

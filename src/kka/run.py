@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kka.data import Data, build_train_set, digest_task, load_data
+from kka.data import Data, add_known, build_train_set, digest_task, load_data
 from kka.datasets.layout import DataSetSpec
 from kka.datasets.native import Native
 from kka.datasets.task import Task
@@ -61,7 +61,7 @@ class Run:
         return detector_name(self.detector_settings)
 
     @cached_property
-    def digests(self) -> tuple[str, str, str]:
+    def digests(self) -> tuple[str, ...]:
         """Content of its normals, generated and test images."""
         return digest_task(self.task)
 
@@ -168,7 +168,7 @@ class Run:
             part = train.take(normals).append_anomalies(
                 g.images[others], g.native_sizes[others], g.resized[others]
             )
-            judge = self._new_detector(fold + 1)
+            part, judge = add_known(part, data), self._new_detector(fold + 1)
             folder = self.folder / f"crossfit_{fold}"
             folder.mkdir(exist_ok=True)
             judge.fit(part, self._journal(folder))
@@ -188,9 +188,10 @@ class Run:
         semi, task = train.semi_targets, data.task
         log.info("run folder %s, seed %d, %s", self.folder, self.settings.seed, self.device)
         log.info(
-            "%s: %d training images (%d normals, %d generated anomalies; %d labelled anomalies, %d labelled "
-            "normals, %d unlabelled), %d test images (%d normal)",
-            self.spec.title, len(train), int((train.targets == 0).sum()), int((train.targets == 1).sum()),
+            "%s: %d training images (%d normals, %d generated and %d known anomalies; %d labelled anomalies, "
+            "%d labelled normals, %d unlabelled), %d test images (%d normal)",
+            self.spec.title, len(train), int((train.targets == 0).sum()),
+            int((train.targets == 1).sum()) - len(task.known), len(task.known),
             int((semi == -1).sum()), int((semi == 1).sum()), int((semi == 0).sum()),
             len(task.test), task.test.targets.count(0),
         )  # fmt: skip

@@ -63,15 +63,15 @@ def take_prefix(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
     return {key.removeprefix(start): value for key, value in values.items() if key.startswith(start)}
 
 
-def _add_flag(group: Any, prefix: str, field: Any, kind: type, many: bool) -> None:
+def _add_flag(group: Any, prefix: str, field: Any, kind: Any, many: bool) -> None:
     extra: dict[str, Any] = {"nargs": "*", "action": "extend"} if many else {}
     if kind is bool:
         extra = {"nargs": "?", "const": True}  # --flag, or as the official code: --flag True
     group.add_argument(
         f"--{prefix}_{field.name}" if prefix else f"--{field.name}",
-        type=parse_bool if kind is bool else kind,
+        type=PARSERS.get(kind, kind),
         choices=field.metadata["choices"],
-        metavar=None if field.metadata["choices"] else kind.__name__.upper(),
+        metavar=None if field.metadata["choices"] else _name(kind).upper(),
         help=f"{field.metadata['help']} (default: {field.default})".replace("%", "%%"),
         **extra,
     )
@@ -122,7 +122,19 @@ def parse_bool(text: str) -> bool:
     return words[text.lower()]
 
 
-def _element_type(hint: Any) -> tuple[type, bool]:
+def parse_number_or_name(text: str) -> int | str:
+    """12 or screw: a class folder by its number or by its name."""
+    return int(text) if text.isdecimal() else text
+
+
+PARSERS: dict[Any, Any] = {bool: parse_bool, int | str: parse_number_or_name}
+
+
+def _name(kind: Any) -> str:
+    return "class" if kind == int | str else kind.__name__
+
+
+def _element_type(hint: Any) -> tuple[Any, bool]:
     """The type of one value, and whether the flag takes several: tuple[int, ...] | None -> (int, True)."""
     if isinstance(hint, types.UnionType):
         hint = next(part for part in typing.get_args(hint) if part is not type(None))
@@ -143,11 +155,12 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
     return _scalar(key, value, kind)
 
 
-def _scalar(key: str, value: Any, kind: type) -> Any:
+def _scalar(key: str, value: Any, kind: Any) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"setting {key!r} must be a finite number, it is {value}")
-    if type(value) is not kind:
-        raise UserError(f"setting {key!r} must be of type {kind.__name__}, it is {value!r}")
+    if type(value) not in (typing.get_args(kind) or (kind,)):
+        expected = " or ".join(part.__name__ for part in typing.get_args(kind) or (kind,))
+        raise UserError(f"setting {key!r} must be of type {expected}, it is {value!r}")
     return value

@@ -1,11 +1,11 @@
 """Data sets by name. To add one, write a module with a `SPEC` and name it here."""
 
-from kka.datasets import cifar100, flower, folder, garden, ucm_caption
+from kka.datasets import cifar100, flower, folder, garden, mvtec, ucm_caption
 from kka.datasets.layout import DataSetSpec
 from kka.errors import UserError
 
 DATASETS: dict[str, DataSetSpec] = {
-    module.SPEC.name: module.SPEC for module in (flower, cifar100, ucm_caption, folder, garden)
+    module.SPEC.name: module.SPEC for module in (flower, cifar100, ucm_caption, garden, folder, mvtec)
 }
 ALIASES = {"mycifar": "cifar100"}  # the official code's name
 

@@ -1,11 +1,12 @@
 """One experiment's images: normals and generated anomalies to train on, real images to test on."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from kka.datasets import folder, mvtec
 from kka.datasets.folder import read_folder
 from kka.datasets.layout import (
     ANOMALY_FOLDER,
@@ -30,6 +31,12 @@ class Choice:
     """test on test normals and generated anomalies (the official iterating mode)"""
     normal_classes: tuple[int, ...] = ()
     """folders taken as normal instead of the data set's own"""
+    category: tuple[int | str, ...] = ()
+    """the class of MVTec AD"""
+    n_known: int = 0
+    """real anomalies that leave the test set for the training set"""
+    known_kind: str | None = None
+    """the kind they all are of, which leaves the test set altogether; None: any kind"""
     anomaly_path: Path | None = None
     """folder of the generated anomalies; None: folder 0 of the data set"""
     n_anomalies: int = -1
@@ -50,6 +57,8 @@ class Task:
     """place of each of them in the list of the anomaly folder"""
     test: Images
     """targets 0 and 1"""
+    known: Images = field(default_factory=Images)
+    """real anomalies to train on, target 1"""
 
 
 def read_task(spec: DataSetSpec, root: Path, choice: Choice) -> Task:
@@ -61,8 +70,10 @@ def read_task(spec: DataSetSpec, root: Path, choice: Choice) -> Task:
         raise UserError(f"{root} does not exist; give the folder of {spec.title} with --data_path")
     if not any(root.iterdir()):
         raise UserError(f"{root} is empty; fill it with `python src/prepare.py` or give another --data_path")
+    if spec.name == mvtec.SPEC.name:
+        root = mvtec.class_folder(root, choice.category)
     anomaly_path = choice.anomaly_path or root / str(ANOMALY_FOLDER)
-    if spec.name == "folder":
+    if spec.name in (folder.SPEC.name, mvtec.SPEC.name):
         normals, test = read_folder(root)
         wanted = choice.anomaly_path is not None or choice.n_anomalies > 0 or anomaly_path.is_dir()
         folders: UserDict = {0: [ANOMALY_FOLDER] * wanted, 1: [ANOMALY_FOLDER] * choice.iterate}
@@ -83,7 +94,33 @@ def read_task(spec: DataSetSpec, root: Path, choice: Choice) -> Task:
     if ANOMALY_FOLDER in folders[1]:
         test += everything
     index = _choose(len(everything), choice) if ANOMALY_FOLDER in folders[0] else ()
-    return Task(normals, everything.take(index), index, test)
+    test, known = hold_known(test, choice)
+    return Task(normals, everything.take(index), index, test, known)
+
+
+def hold_known(test: Images, choice: Choice) -> tuple[Images, Images]:
+    """The test set without the anomalies that are known, and these; drawn at random by the seed.
+
+    General setting: from all kinds. Hard setting: from one kind, of which none stays in the test set.
+    Raises UserError if there are too few of them, or no such kind.
+    """
+    if choice.n_known == 0:
+        return test, Images()
+    kind = choice.known_kind
+    real = [i for i, t in enumerate(test.targets) if t == 1 and not test.generated[i]]
+    rows = [i for i in real if kind is None or test.classes[i] == kind]
+    if kind is not None and not rows:
+        kinds = ", ".join(dict.fromkeys(test.classes[i] for i in real))
+        raise UserError(f"--know_class {kind!r}: the test set has no such anomalies; it has {kinds}")
+    if choice.n_known > len(rows):
+        raise UserError(
+            f"--n_anomaly {choice.n_known}: the test set has only {len(rows)} anomalies"
+            + (f" of kind {kind}" if kind else "")
+        )
+    chosen = np.random.default_rng([choice.seed, len(rows), 1]).choice(rows, choice.n_known, replace=False)
+    gone = set(rows) if kind is not None else set(chosen.tolist())
+    left = [i for i in range(len(test)) if i not in gone]
+    return test.take(left), test.take(sorted(chosen.tolist()))
 
 
 def resolve_folders(spec: DataSetSpec, choice: Choice) -> tuple[UserDict, tuple[int, ...]]:
