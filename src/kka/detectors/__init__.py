@@ -11,6 +11,7 @@ import torch
 from kka.detectors.cmda import CMDA, CMDASettings
 from kka.detectors.contract import Detector, DetectorSettings
 from kka.detectors.deep_sad import DeepSAD, DeepSADSettings
+from kka.detectors.devnet import DevNet, DevNetSettings
 from kka.detectors.frozen import Frozen, FrozenSettings
 from kka.detectors.recontrast import ReContrast, ReContrastSettings
 from kka.detectors.simplenet import SimpleNet, SimpleNetSettings
@@ -23,6 +24,7 @@ DETECTORS: dict[str, tuple[type[Any], Callable[..., Detector]]] = {
     "simplenet": (SimpleNetSettings, SimpleNet),
     "recontrast": (ReContrastSettings, ReContrast),
     "frozen": (FrozenSettings, Frozen),
+    "devnet": (DevNetSettings, DevNet),
 }
 
 

@@ -34,15 +34,25 @@ def cycled(rows: Tensor, count: int, stream: Generator) -> Tensor:
 
 
 def gradient_step(
-    loss: Tensor, optimizers: Sequence[torch.optim.Optimizer], where: str, advice: str = "lower --lr"
+    loss: Tensor,
+    optimizers: Sequence[torch.optim.Optimizer],
+    where: str,
+    advice: str = "lower --lr",
+    max_norm: float | None = None,
 ) -> float:
-    """One step of all optimizers; returns the loss, raises TrainingError if it is not finite."""
+    """One step of all optimizers, with gradients of at most `max_norm`; returns the loss.
+
+    Raises TrainingError if it is not finite.
+    """
     value = loss.item()
     if not math.isfinite(value):
         raise TrainingError(f"the loss became {value} in {where}; {advice}")
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    if max_norm is not None:
+        groups = [group["params"] for optimizer in optimizers for group in optimizer.param_groups]
+        torch.nn.utils.clip_grad_norm_([p for group in groups for p in group], max_norm)
     for optimizer in optimizers:
         optimizer.step()
     return value
