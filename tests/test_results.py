@@ -152,7 +152,7 @@ def test_threshold_is_the_farthest_normal_of_the_test_if_asked(toy_set, tmp_path
 
 def test_held_out_normals_are_not_trained_on(toy_set, tmp_path):
     outcome = run(toy_set, tmp_path / "run", threshold_from="heldout")
-    assert f"({10 - round(10 * HELDOUT)} normals, 8 generated anomalies" in outcome.log
+    assert f"({10 - round(10 * HELDOUT)} normals, 8 generated and 0 known anomalies;" in outcome.log
 
 
 def test_margin_quantile_and_top_k(toy_set, tmp_path, finished):

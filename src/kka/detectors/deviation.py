@@ -29,7 +29,7 @@ def deviation_losses(scores: Tensor, anomalous: Tensor, references: Tensor, marg
 
 
 def top_mean(scores: Tensor, share: float) -> Tensor:
-    """Mean of the largest absolute scores of each image; the plain mean for a share of 0. (N, 1, h, w) -> (N,)."""
+    """Mean of an image's largest absolute scores; the plain mean for a share of 0. (N, 1, h, w) -> (N,)."""
     places = scores.flatten(1)
     if share == 0:
         return places.mean(1)
@@ -37,7 +37,7 @@ def top_mean(scores: Tensor, share: float) -> Tensor:
 
 
 def pyramid(backbone: Backbone, images: Tensor, n_scales: int) -> list[Tensor]:
-    """Features of the images at full, half, ... size: (N, 3, S, S) uint8 or in [0, 1] -> [(N, C, h, w), ...]."""
+    """Features at full, half, ... size: (N, 3, S, S) uint8 or in [0, 1] -> [(N, C, h, w), ...]."""
     unit = normalize(to_unit(images) if images.dtype == torch.uint8 else images)
     side, layer = images.shape[-1], backbone.layers[0]
     scales = [unit] + [F.interpolate(unit, side // 2**k) for k in range(1, n_scales)]
@@ -47,10 +47,7 @@ def pyramid(backbone: Backbone, images: Tensor, n_scales: int) -> list[Tensor]:
 def rotate(images: Tensor, angles: Sequence[float], fill: str) -> Tensor:
     """Each image turned about its centre. (N, 3, S, S) in [0, 1], N angles in degrees -> the same."""
     turns = torch.tensor([math.radians(angle) for angle in angles], device=images.device)
-    zero = torch.zeros_like(turns)
-    rows = [
-        torch.stack([turns.cos(), -turns.sin(), zero], 1),
-        torch.stack([turns.sin(), turns.cos(), zero], 1),
-    ]
-    grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
+    cos, sin, zero = turns.cos(), turns.sin(), torch.zeros_like(turns)
+    turn = torch.stack([cos, -sin, zero, sin, cos, zero], 1).view(-1, 2, 3)
+    grid = F.affine_grid(turn, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, padding_mode=fill, align_corners=False)

@@ -1,6 +1,6 @@
 """DevNet on images (Pang et al., 2021): a few known anomalies must score far above a prior of normal scores.
 
-A backbone, one 1x1 convolution that scores each place, and the mean of the most deviating places at two sizes.
+A backbone, a 1x1 convolution that scores each place, and the mean of the most deviating places at two sizes.
 Differences from the official code are in docs/implementation_details.md.
 """
 
@@ -179,13 +179,11 @@ class DevNet:
         n_anomalies = s.batch_size // 2 if len(anomalies) else 0
         n_normals = s.batch_size - n_anomalies
         chosen = cycled(normals, s.steps_per_epoch * n_normals, stream).split(n_normals)
-        known = (
-            cycled(anomalies, s.steps_per_epoch * n_anomalies, stream).split(n_anomalies)
-            if n_anomalies
-            else ()
-        )
-        for step in range(s.steps_per_epoch):
-            yield torch.cat([chosen[step], known[step]]) if n_anomalies else chosen[step]
+        if not n_anomalies:
+            yield from chosen
+            return
+        known = cycled(anomalies, s.steps_per_epoch * n_anomalies, stream).split(n_anomalies)
+        yield from map(torch.cat, zip(chosen, known, strict=True))
 
     def _features(self, train: TrainSet, kept: Features | None, rows: Tensor, stream: Generator) -> Features:
         s = self.settings
