@@ -31,7 +31,7 @@ def test_missing_captions_are_refused(other_sets, tmp_path):
     refused(quick(other_sets / "mute", tmp_path / "run", "cmda"), "caption")
 
 
-@pytest.mark.parametrize("name", ["simplenet", "recontrast", "frozen", "devnet"])
+@pytest.mark.parametrize("name", ["simplenet", "recontrast", "frozen", "devnet", "dra"])
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [

@@ -34,6 +34,7 @@ QUICK = {
     "recontrast": {**BACKBONE, "n_epochs": None, "width": 0.1},
     "frozen": {**BACKBONE, "n_epochs": None, "batch_size": None},
     "devnet": {**BACKBONE, "steps_per_epoch": 2, "views": 2},
+    "dra": {**BACKBONE, "steps_per_epoch": 2, "views": 2, "residual_stride": 1},
 }
 OTHERS = tuple(name for name in QUICK if name != "deep_sad")
 # The flag that says how long is trained, and its value for two epochs.

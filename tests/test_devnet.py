@@ -7,8 +7,8 @@ import torch
 from golden_arrays import tensors
 from toy_tensors import toy_images, toy_train_set
 
-from kka.detectors.deviation import deviation_losses, rotate, top_mean
-from kka.detectors.devnet import DevNet, DevNetSettings, image_scores
+from kka.detectors.deviation import DevNetHeads, deviation_losses, find_groups, pyramid, rotate, top_mean
+from kka.detectors.devnet import DevNet, DevNetSettings
 from kka.metrics import auroc
 from kka.networks.backbones import Backbone
 
@@ -37,11 +37,11 @@ def test_deviation_loss_of_each_image_equals_official_code():
     torch.testing.assert_close(deviation_losses(*args), each, rtol=1e-4, atol=1e-6)
 
 
-def official_scorer():
+def official_heads(topk):
     weights = tensors("devnet/weights_scorer")
-    scorer = torch.nn.Conv2d(16, 1, 1)
-    scorer.load_state_dict({key.removeprefix("conv."): value for key, value in weights.items()})
-    return scorer
+    heads = DevNetHeads(16, topk)
+    heads.load_state_dict({key.replace("conv.", "head.scoring."): value for key, value in weights.items()})
+    return heads
 
 
 @pytest.mark.parametrize(
@@ -52,20 +52,20 @@ def official_scorer():
 def test_scores_equal_official_code(scales, topk, name):
     expected = tensors("devnet/scorer")
     features = [expected[f"input_feature_map_scale{k}"] for k in range(scales)]
-    scores = image_scores(official_scorer(), features, topk)
-    torch.testing.assert_close(scores, expected[f"output_score_{name}"].squeeze(1), rtol=1e-4, atol=1e-6)
+    scores = official_heads(topk)(features, [])
+    torch.testing.assert_close(scores, expected[f"output_score_{name}"], rtol=1e-4, atol=1e-6)
 
 
 def test_gradients_equal_official_code():
-    expected, scorer = tensors("devnet/scorer"), official_scorer()
+    expected, heads = tensors("devnet/scorer"), official_heads(0.1)
     features = [expected[f"input_feature_map_scale{k}"] for k in range(2)]
-    scores = image_scores(scorer, features, 0.1)
+    scores = heads(features, [])[:, 0]
     loss = deviation_losses(scores, expected["input_label"], expected["input_reference_scores"]).mean()
     loss.backward()
     torch.testing.assert_close(loss, expected["output_deviation_loss"].squeeze(), rtol=1e-4, atol=1e-6)
     for name in ("weight", "bias"):
         gradient = expected[f"output_gradient_conv_{name}"]
-        torch.testing.assert_close(getattr(scorer, name).grad, gradient, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(getattr(heads.head.scoring, name).grad, gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_one_hot_place_counts_by_its_share():
@@ -85,8 +85,8 @@ def test_a_quarter_turn_moves_the_corners():
 
 def test_batches_are_half_anomalies_that_come_in_turn():
     detector = DevNet(TINY)
-    normals, anomalies = torch.arange(7), torch.arange(7, 10)
-    steps = list(detector._batches(normals, anomalies, torch.Generator().manual_seed(0)))
+    groups = find_groups(toy_train_set(7, 3, 64), False)
+    steps = list(detector._batches(groups, torch.Generator().manual_seed(0)))
     assert len(steps) == 4
     assert all((rows >= 7).sum() == 4 for rows in steps)
     counts = torch.cat(steps).bincount()
@@ -107,8 +107,6 @@ def test_known_anomalies_are_told_from_normals(fine_tune):
 
 def test_half_size_gives_half_maps():
     backbone = Backbone(replace(TINY, image_size=448, backbone="resnet18"), 448)
-    from kka.detectors.deviation import pyramid
-
     maps = pyramid(backbone, toy_images(1, True, 448), 2)
     assert [tuple(part.shape) for part in maps] == [(1, 512, 14, 14), (1, 512, 7, 7)]
 

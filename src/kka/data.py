@@ -127,7 +127,7 @@ def build_train_set(data: Data, settings: LabelSettings, seed: int) -> tuple[Tra
         both.resized[index],
         (index >= n_normal).long(),
         torch.from_numpy(semi_targets),
-        tuple(captions[i] for i in rows),
+        captions=tuple(captions[i] for i in rows),
     )
     return add_known(train, data), torch.from_numpy(np.sort(order[:n_heldout]))
 
@@ -135,7 +135,7 @@ def build_train_set(data: Data, settings: LabelSettings, seed: int) -> tuple[Tra
 def add_known(train: TrainSet, data: Data) -> TrainSet:
     """The training set with the known real anomalies behind it."""
     k = data.known
-    return train.append_anomalies(k.images, k.native_sizes, k.resized) if len(k.images) else train
+    return train.append_anomalies(k.images, k.native_sizes, k.resized, True) if len(k.images) else train
 
 
 def _label(

@@ -19,6 +19,7 @@ from kka.datasets.native import Native
 from kka.datasets.task import Task
 from kka.detectors import DETECTORS, build_detector, detector_name
 from kka.detectors.contract import Detector, DetectorSettings
+from kka.detectors.pseudo_anomalies import content_of_textures
 from kka.errors import UserError
 from kka.files import read_json, write_json
 from kka.journal import Journal
@@ -76,6 +77,7 @@ class Run:
             **chosen,
             **asdict(self.detector_settings),
             **content_of_weights(self.detector_settings),
+            **content_of_textures(self.detector_settings),
             "data": fingerprint(data),
             "load_model": digest_weights(self.weights) if self.weights else None,
         }

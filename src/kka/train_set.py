@@ -1,6 +1,6 @@
 """What a detector is trained on: tensors and captions, no files."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -20,8 +20,14 @@ class TrainSet:
     """(N,) 0 normal, 1 anomaly; for evaluation only"""
     semi_targets: Tensor
     """(N,) -1 labelled anomaly, 0 unlabelled (presumed normal), +1 labelled normal"""
+    known: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    """(N,) whether it is a real anomaly; all False if it is not given"""
     captions: tuple[tuple[str, ...], ...] = ()
     """N times the captions of an image, () for one without; nothing at all if no image has any"""
+
+    def __post_init__(self) -> None:
+        if not len(self.known):
+            object.__setattr__(self, "known", torch.zeros(len(self.targets), dtype=torch.bool))
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -32,10 +38,12 @@ class TrainSet:
         taken = {name: value[indices] for name, value in self._tensors().items()}
         return TrainSet(**taken, captions=captions)
 
-    def append_anomalies(self, images: Tensor, native_sizes: Tensor, resized: Tensor) -> "TrainSet":
-        """The same with labelled anomalies, which have no captions, behind it."""
+    def append_anomalies(
+        self, images: Tensor, native_sizes: Tensor, resized: Tensor, known: bool = False
+    ) -> "TrainSet":
+        """The same with labelled anomalies, generated or known ones without captions, behind it."""
         ones = torch.ones(len(images), dtype=torch.long)
-        more = TrainSet(images, native_sizes, resized, ones, -ones)._tensors()
+        more = TrainSet(images, native_sizes, resized, ones, -ones, ones.bool() & known)._tensors()
         joined = {name: torch.cat([value, more[name]]) for name, value in self._tensors().items()}
         return TrainSet(**joined, captions=self.captions + ((),) * len(images) * bool(self.captions))
 
@@ -45,4 +53,4 @@ class TrainSet:
         return TrainSet(**{**moved, "native_sizes": self.native_sizes}, captions=self.captions)
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "captions"}
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "captions"}

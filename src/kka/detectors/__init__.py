@@ -12,6 +12,7 @@ from kka.detectors.cmda import CMDA, CMDASettings
 from kka.detectors.contract import Detector, DetectorSettings
 from kka.detectors.deep_sad import DeepSAD, DeepSADSettings
 from kka.detectors.devnet import DevNet, DevNetSettings
+from kka.detectors.dra import DRA, DRASettings
 from kka.detectors.frozen import Frozen, FrozenSettings
 from kka.detectors.recontrast import ReContrast, ReContrastSettings
 from kka.detectors.simplenet import SimpleNet, SimpleNetSettings
@@ -25,6 +26,7 @@ DETECTORS: dict[str, tuple[type[Any], Callable[..., Detector]]] = {
     "recontrast": (ReContrastSettings, ReContrast),
     "frozen": (FrozenSettings, Frozen),
     "devnet": (DevNetSettings, DevNet),
+    "dra": (DRASettings, DRA),
 }
 
 

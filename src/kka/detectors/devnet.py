@@ -10,13 +10,24 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 from torch.optim.lr_scheduler import StepLR
 
 from kka.augment import to_unit
 from kka.detectors.contract import Evaluate
-from kka.detectors.deviation import MARGIN, deviation_losses, draw_references, pyramid, rotate, top_mean
-from kka.detectors.parts import cycled, gradient_step, in_batches, split_labels
+from kka.detectors.deviation import (
+    SEEN,
+    DeviationNetwork,
+    DevNetHeads,
+    DRAHeads,
+    Features,
+    Groups,
+    deviation_losses,
+    draw_prior,
+    find_groups,
+    rotate,
+)
+from kka.detectors.parts import cycled, gradient_step, in_batches
 from kka.errors import UserError
 from kka.journal import Journal, Stateful
 from kka.networks.backbones import Backbone, BackboneSettings
@@ -27,9 +38,6 @@ from kka.train_set import TrainSet
 FEATURE_BATCH = 16
 MAX_NORM = 1.0  # of a gradient
 DECAY_EVERY = 10  # epochs
-
-Features = list[Tensor]
-"""One (N, C, h, w) for each size of the images"""
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +59,7 @@ class DevNetSettings(BackboneSettings):
     batch_size: int = option(48, "images per step, half of them known anomalies")
     lr: float = option(2e-4, "learning rate, a tenth after every tenth epoch")
     weight_decay: float = option(1e-5, "L2 penalty")
-    fine_tune: bool = option(True, "train the backbone; False: only the scorer, on features that are kept")
+    fine_tune: bool = option(True, "train the backbone; False: only what is on it, on features that are kept")
     views: int = option(4, "turned copies of each image whose features are kept, without --fine_tune")
     max_angle: float = option(180.0, "training images are turned by up to this angle, in degrees")
     rotation_fill: str = option(
@@ -78,30 +86,21 @@ def check_settings(settings: DevNetSettings) -> None:
         raise UserError(f"--topk must lie in [0, 1], it is {s.topk}")
 
 
-class DeviationNetwork(nn.Module):
-    """Backbone and scorer."""
-
-    def __init__(self, settings: DevNetSettings, seed: int) -> None:
-        super().__init__()
-        s = settings
-        self.backbone = Backbone(s, s.image_size, seed=seed, trainable=s.fine_tune)
-        self.backbone.check_maps()
-        with seeded(seed, "init"):
-            self.scorer = nn.Conv2d(self.backbone.shapes[0][0], 1, 1)
-
-
-def image_scores(scorer: nn.Module, features: Features, topk: float) -> Tensor:
-    """Mean over the sizes of the mean of the most deviating places. -> (N,)."""
-    return torch.stack([top_mean(scorer(maps), topk) for maps in features]).mean(0)
-
-
 class DevNet:
     """DevNet on images; known and generated anomalies are the labelled ones."""
 
-    def __init__(self, settings: DevNetSettings, seed: int = 0, device: str | torch.device = "cpu") -> None:
-        check_settings(settings)
+    anomaly_share = 2  # one in so many images of a batch is an anomaly
+    generated_are_pseudo = False
+
+    def __init__(self, settings: Any, seed: int = 0, device: str | torch.device = "cpu") -> None:
+        self._check(settings)
         self.settings, self.seed, self.device = settings, seed, torch.device(device)
-        self.model = DeviationNetwork(settings, seed).to(self.device)
+        s = settings
+        backbone = Backbone(s, s.image_size, seed=seed, trainable=s.fine_tune)
+        backbone.check_maps()
+        with seeded(seed, "init"):
+            heads = self._new_heads(backbone.shapes[0][0])
+        self.model = DeviationNetwork(backbone, heads, s.n_scales).to(self.device)
         self.warm_start = False  # weights were loaded: the backbone's, too
 
     @property
@@ -114,58 +113,58 @@ class DevNet:
 
         Raises UserError for too few images or unfit weights, TrainingError if a loss is not finite.
         """
-        journal, s, model = journal or Journal(), self.settings, self.model
-        normals, anomalies = split_labels(train)
-        if not len(anomalies):
-            log.warning("DevNet learns from labelled anomalies, and there are none; see --n_anomaly")
+        self.fit_phase("train", train, journal or Journal(), evaluate)
+
+    def fit_phase(
+        self, phase: str, train: TrainSet, journal: Journal, evaluate: Evaluate | None = None
+    ) -> None:
+        """The same under another name in the journal."""
+        s, model = self.settings, self.model
+        groups = find_groups(train, self.generated_are_pseudo)
+        if not len(groups.seen):
+            log.warning(
+                "%s learns from labelled anomalies, and there are none; see --n_anomaly", type(self).__name__
+            )
         if not self.warm_start:
             model.backbone.load_pretrained()
         optimizer = torch.optim.Adam(model.parameters(), s.lr, weight_decay=s.weight_decay)
         scheduler = StepLR(optimizer, DECAY_EVERY, gamma=0.1)
         parts: dict[str, Stateful] = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
         kept: Features | None = None
-        for epoch in journal.epochs("train", s.n_epochs, parts):
+        for epoch in journal.epochs(phase, s.n_epochs, parts):
             if not s.fine_tune:
-                kept = kept or self._keep_features(train)
+                kept = kept or self._keep_features(train, groups)
             model.train()
-            losses = []
-            stream = generator(self.seed, "train", epoch)
-            for rows in self._batches(normals, anomalies, stream):
-                features = self._features(train, kept, rows, stream)
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=s.precision == "bfloat16"):
-                    scores = image_scores(model.scorer, features, s.topk)
-                labels = (train.semi_targets[rows] < 0).to(self.device)
-                references = draw_references(stream).to(self.device)
-                loss = deviation_losses(scores.float(), labels, references, MARGIN).mean()
-                where = f"epoch {epoch} of training"
-                losses.append(gradient_step(loss, [optimizer], where, max_norm=MAX_NORM))
+            losses, stream = [], generator(self.seed, "train", epoch)
+            for rows in self._batches(groups, stream):
+                loss = self._loss(train, groups, kept, rows, stream)
+                losses.append(gradient_step(loss, [optimizer], f"epoch {epoch}", max_norm=MAX_NORM))
             scheduler.step()
             curve = {}
             if evaluate is not None and s.test_every and (epoch + 1) % s.test_every == 0:
+                self.set_references(train, groups)
                 curve = {"test_auc": evaluate(self.score)}
-            journal.record("train", epoch, loss=sum(losses) / len(losses), **curve)
+            journal.record(phase, epoch, loss=sum(losses) / len(losses), **curve)
+        if s.n_epochs or not self.warm_start:
+            self.set_references(train, groups)
+
+    def set_references(self, train: TrainSet, groups: Groups) -> None:
+        """DevNet has none."""
 
     def score(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) uint8 -> (N,), on the CPU."""
         self.model.eval()
-
-        def scores(part: Tensor) -> Tensor:
-            features = pyramid(self.model.backbone, part.to(self.device), self.settings.n_scales)
-            return image_scores(self.model.scorer, features, self.settings.topk).cpu()
-
-        return in_batches(scores, images, FEATURE_BATCH)
+        return in_batches(lambda part: self.model(part.to(self.device)).cpu(), images, FEATURE_BATCH)
 
     def embed(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) uint8 -> (N, C) mean of the features at full size, on the CPU."""
         self.model.eval()
         return in_batches(
-            lambda part: pyramid(self.model.backbone, part.to(self.device), 1)[0].mean((2, 3)).cpu(),
-            images,
-            FEATURE_BATCH,
+            lambda part: self.model.pyramid(part.to(self.device))[0].mean((2, 3)).cpu(), images, FEATURE_BATCH
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights of backbone and scorer."""
+        """Weights of backbone and heads, and the references."""
         return self.model.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -173,42 +172,68 @@ class DevNet:
         self.model.load_state_dict(state, strict=True)
         self.warm_start = True
 
-    def _batches(self, normals: Tensor, anomalies: Tensor, stream: Generator) -> Iterator[Tensor]:
-        """Rows of each step of an epoch, half of them anomalies; without any, all are normal."""
-        s = self.settings
-        n_anomalies = s.batch_size // 2 if len(anomalies) else 0
-        n_normals = s.batch_size - n_anomalies
-        chosen = cycled(normals, s.steps_per_epoch * n_normals, stream).split(n_normals)
-        if not n_anomalies:
-            yield from chosen
-            return
-        known = cycled(anomalies, s.steps_per_epoch * n_anomalies, stream).split(n_anomalies)
-        yield from map(torch.cat, zip(chosen, known, strict=True))
+    def _check(self, settings: Any) -> None:
+        check_settings(settings)
 
-    def _features(self, train: TrainSet, kept: Features | None, rows: Tensor, stream: Generator) -> Features:
+    def _new_heads(self, channels: int) -> DevNetHeads | DRAHeads:
+        return DevNetHeads(channels, self.settings.topk)
+
+    def _batches(self, groups: Groups, stream: Generator) -> Iterator[Tensor]:
+        """Rows of each step of an epoch, normals first; without seen anomalies all are normal."""
         s = self.settings
+        n_seen = s.batch_size // self.anomaly_share if len(groups.seen) else 0
+        n_normals = s.batch_size - n_seen
+        normals = cycled(groups.normals, s.steps_per_epoch * n_normals, stream).split(n_normals)
+        if not n_seen:
+            yield from normals
+            return
+        seen = cycled(groups.seen, s.steps_per_epoch * n_seen, stream).split(n_seen)
+        yield from map(torch.cat, zip(normals, seen, strict=True))
+
+    def _loss(
+        self, train: TrainSet, groups: Groups, kept: Features | None, rows: Tensor, stream: Generator
+    ) -> Tensor:
+        features = self._features(train, groups, kept, rows, stream)
+        with self._autocast():
+            scores = self.model.heads(features, [])[:, 0]
+        labels = (groups.labels[rows] == SEEN).to(self.device)
+        return deviation_losses(scores.float(), labels, draw_prior(stream)[0].to(self.device)).mean()
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.settings.precision == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    def _features(
+        self, train: TrainSet, groups: Groups, kept: Features | None, rows: Tensor, stream: Generator
+    ) -> Features:
         if kept is not None:
-            view = torch.randint(s.views, (len(rows),), generator=stream)
+            view = torch.randint(self.settings.views, (len(rows),), generator=stream)
             return [maps[view, rows].float().to(self.device) for maps in kept]
-        images = self._turned(train.resized[rows], stream)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=s.precision == "bfloat16"):
-            return pyramid(self.model.backbone, images, s.n_scales)
+        images = self._turned(self._images(train, groups, rows, stream), stream)
+        with self._autocast():
+            return self.model.pyramid(images)
+
+    def _images(self, train: TrainSet, groups: Groups, rows: Tensor, stream: Generator) -> Tensor:
+        """(N, 3, S, S) in [0, 1] on the device."""
+        return to_unit(train.resized[rows].to(self.device))
 
     def _turned(self, images: Tensor, stream: Generator) -> Tensor:
-        """(N, 3, S, S) uint8 -> turned ones in [0, 1], on the device."""
         s = self.settings
         angles = s.max_angle * (2 * torch.rand(len(images), generator=stream) - 1)
-        return rotate(to_unit(images.to(self.device)), angles.tolist(), s.rotation_fill)
+        return rotate(images, angles.tolist(), s.rotation_fill)
+
+    def _rows_kept(self, train: TrainSet, groups: Groups) -> Tensor:
+        return torch.arange(len(train))
 
     @torch.no_grad()
-    def _keep_features(self, train: TrainSet) -> Features:
+    def _keep_features(self, train: TrainSet, groups: Groups) -> Features:
         """(views, N, C, h, w) for each size, in half precision on the CPU."""
-        s, views = self.settings, []
-        for view in range(s.views):
-            stream = generator(self.seed, "views", view)
-            batches = [
-                pyramid(self.model.backbone, self._turned(part, stream), s.n_scales)
-                for part in train.resized.split(FEATURE_BATCH)
-            ]
-            views.append([torch.cat(size).half().cpu() for size in zip(*batches, strict=True)])
+        self.model.eval()
+        views = []
+        for view in range(self.settings.views):
+            stream, sizes = generator(self.seed, "views", view), []
+            for rows in self._rows_kept(train, groups).split(FEATURE_BATCH):
+                images = self._turned(self._images(train, groups, rows, stream), stream)
+                sizes.append([maps.half().cpu() for maps in self.model.pyramid(images)])
+            views.append([torch.cat(size) for size in zip(*sizes, strict=True)])
         return [torch.stack(size) for size in zip(*views, strict=True)]
