@@ -25,6 +25,7 @@ NO_AUTOENCODER = {"ae_n_epochs": None, "ae_batch_size": None}
 CONTRASTIVE = {**NO_AUTOENCODER, "preset": "cpu", "warmup": 0, "copies": 1}
 BACKBONE = {**NO_AUTOENCODER, "preset": "cpu", "backbone_init": "random", "image_size": 48}
 PATCHES = {"pretrain_embed_dimension": 32, "target_embed_dimension": 16, "dsc_hidden": 8, "feature_std": 0.1}
+EPISODES = {"base_epochs": 1, "inner_steps": 2, "query_batches": 2, "n_clusters": 3, "memory": 1}
 # The flags of a quick run of each detector; a new one needs a line here and in LENGTH.
 QUICK = {
     "deep_sad": {},
@@ -35,6 +36,7 @@ QUICK = {
     "frozen": {**BACKBONE, "n_epochs": None, "batch_size": None},
     "devnet": {**BACKBONE, "steps_per_epoch": 2, "views": 2},
     "dra": {**BACKBONE, "steps_per_epoch": 2, "views": 2, "residual_stride": 1},
+    "ahl": {**BACKBONE, **EPISODES, "steps_per_epoch": 2, "views": 2, "residual_stride": 1},
 }
 OTHERS = tuple(name for name in QUICK if name != "deep_sad")
 # The flag that says how long is trained, and its value for two epochs.

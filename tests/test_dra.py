@@ -19,7 +19,7 @@ from kka.detectors.pseudo_anomalies import (
     paste_patch,
     perlin,
     procedural_texture,
-    pseudo_anomalies,
+    pseudo_anomaly,
 )
 from kka.errors import UserError
 from kka.metrics import auroc
@@ -108,7 +108,8 @@ def test_heads_without_images_count_nothing():
 def test_pseudo_anomalies_differ_from_their_normals_in_a_part(kind):
     images = toy_images(4, False, 64).float() / 255
     made = [
-        pseudo_anomalies(kind, images, 1 - images, None, torch.Generator().manual_seed(3)) for _ in range(2)
+        torch.stack([pseudo_anomaly(kind, image, 1 - image, None, stream) for image in images])
+        for stream in (torch.Generator().manual_seed(3), torch.Generator().manual_seed(3))
     ]
     assert torch.equal(*made)
     changed = (made[0] != images).any(1).float().mean((1, 2))
@@ -149,8 +150,8 @@ def test_textures_of_a_folder_are_used_and_count_in_the_identity(tmp_path):
     Image.new("RGB", (40, 30), (255, 0, 0)).save(tmp_path / "wood" / "a.png")
     detector = DRA(replace(TINY, pseudo=("dream",), texture_dir=str(tmp_path)))
     train = toy_train_set(side=96)
-    made = detector.make_pseudo("dream", train, torch.arange(7), torch.Generator().manual_seed(0))
-    assert detector.textures.shape == (1, 3, 96, 96)
+    made = detector.made.of(train, torch.arange(7), ["dream"] * 7, torch.Generator().manual_seed(0))
+    assert detector.made.textures.shape == (1, 3, 96, 96)
     assert (made - train.resized[:7].float() / 255).abs().amax((1, 2, 3)).min() > 0.1
     before = content_of_textures(detector.settings)
     Image.new("RGB", (40, 30), (0, 255, 0)).save(tmp_path / "b.png")

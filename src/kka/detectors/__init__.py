@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from kka.detectors.ahl import AHL, AHLSettings
 from kka.detectors.cmda import CMDA, CMDASettings
 from kka.detectors.contract import Detector, DetectorSettings
 from kka.detectors.deep_sad import DeepSAD, DeepSADSettings
@@ -27,6 +28,7 @@ DETECTORS: dict[str, tuple[type[Any], Callable[..., Detector]]] = {
     "frozen": (FrozenSettings, Frozen),
     "devnet": (DevNetSettings, DevNet),
     "dra": (DRASettings, DRA),
+    "ahl": (AHLSettings, AHL),
 }
 
 

@@ -11,10 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Generator, Tensor
 
-from kka.augment import to_unit
 from kka.detectors.deviation import DRAHeads, Features, Groups, draw_prior
 from kka.detectors.devnet import DevNet, DevNetSettings, check_settings
-from kka.detectors.pseudo_anomalies import KINDS, pseudo_anomalies, randint, read_textures
+from kka.detectors.pseudo_anomalies import KINDS, PseudoAnomalies, randint
 from kka.errors import UserError
 from kka.seeds import generator
 from kka.settings import option
@@ -69,7 +68,7 @@ class DRA(DevNet):
     def __init__(self, settings: Any, seed: int = 0, device: str | torch.device = "cpu") -> None:
         super().__init__(settings, seed, device)
         self.generated_are_pseudo = settings.generated_as == "pseudo"
-        self.textures: Tensor | None = None
+        self.made = PseudoAnomalies(settings.texture_dir, settings.image_size)
         smallest = min(self.model.references[-1].shape[1:])
         if settings.residual_stride > 1 and smallest < 3:
             raise UserError(
@@ -83,16 +82,6 @@ class DRA(DevNet):
         order = torch.randperm(len(groups.normals), generator=generator(self.seed, "references"))
         chosen = groups.normals[order[: self.settings.n_references]]
         self.model.set_references(train.resized[chosen].to(self.device))
-
-    def make_pseudo(self, kind: str, train: TrainSet, rows: Tensor, stream: Generator) -> Tensor:
-        """A pseudo anomaly of each of these normals, (N, 3, S, S) in [0, 1] on the device."""
-        s = self.settings
-        if kind == "dream" and s.texture_dir is not None and self.textures is None:
-            self.textures = read_textures(s.texture_dir, s.image_size)
-        normals = torch.nonzero(train.semi_targets >= 0).squeeze(1)
-        others = normals[torch.randint(len(normals), (len(rows),), generator=stream)]
-        images, sources = (to_unit(train.resized[part].to(self.device)) for part in (rows, others))
-        return pseudo_anomalies(kind, images, sources, self.textures, stream)
 
     def _check(self, settings: Any) -> None:
         check_dra_settings(settings)
@@ -132,11 +121,9 @@ class DRA(DevNet):
         """(N, 3, S, S) in [0, 1] on the device; rows behind the training set become pseudo anomalies."""
         made = rows >= len(train)
         sources = torch.where(made, groups.normals[(rows - len(train)).clamp(min=0)], rows)
-        images = to_unit(train.resized[sources].to(self.device))
-        for k in torch.nonzero(made).squeeze(1).tolist():
-            kind = self.settings.pseudo[randint(stream, len(self.settings.pseudo))]
-            images[k] = self.make_pseudo(kind, train, sources[k : k + 1], stream)[0]
-        return images
+        pseudo = self.settings.pseudo
+        kinds = [pseudo[randint(stream, len(pseudo))] if new else None for new in made.tolist()]
+        return self.made.of(train, sources, kinds, stream).to(self.device)
 
     def _rows_kept(self, train: TrainSet, groups: Groups) -> Tensor:
         return torch.arange(len(groups.labels))

@@ -4,7 +4,7 @@ DRA and AHL learn from them beside real anomalies; every draw comes from the str
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from kka.augment import to_unit
 from kka.datasets.images import content_digest, decode
 from kka.datasets.layout import list_images
 from kka.errors import UserError
+from kka.train_set import TrainSet
 
 PATCH_AREA = (0.02, 0.15)  # share of the image
 PATCH_RATIO = (0.3, 1 / 0.3)
@@ -37,26 +38,23 @@ def randint(stream: Generator, n: int) -> int:
     return int(torch.randint(n, (), generator=stream))
 
 
-def pseudo_anomalies(
-    kind: str, images: Tensor, others: Tensor, textures: Tensor | None, stream: Generator
+def pseudo_anomaly(
+    kind: str, image: Tensor, other: Tensor, textures: Tensor | None, stream: Generator
 ) -> Tensor:
-    """A pseudo anomaly of each image.
+    """One made of a normal image.
 
     Args:
         kind: one of KINDS.
-        images: (N, 3, S, S) in [0, 1].
-        others: (M, 3, S, S) in [0, 1] normal images, from which CutMix takes its patches.
+        image: (3, S, S) in [0, 1].
+        other: (3, S, S) in [0, 1], a normal image from which CutMix takes its patch.
         textures: (K, 3, S, S) in [0, 1]; None: procedural ones.
         stream: on the CPU.
 
-    Returns (N, 3, S, S) in [0, 1].
+    Returns (3, S, S) in [0, 1].
     """
-    makers: dict[str, Callable[[Tensor], Tensor]] = {
-        "cutpaste": lambda image: paste_patch(image, image, stream),
-        "cutmix": lambda image: paste_patch(image, others[randint(stream, len(others))], stream),
-        "dream": lambda image: blend_texture(image, textures, stream),
-    }
-    return torch.stack([makers[kind](image) for image in images])
+    if kind == "dream":
+        return blend_texture(image, textures, stream)
+    return paste_patch(image, {"cutpaste": image, "cutmix": other}[kind], stream)
 
 
 def paste_patch(image: Tensor, source: Tensor, stream: Generator) -> Tensor:
@@ -172,6 +170,29 @@ def read_textures(folder: str, side: int) -> Tensor:
     """(K, 3, S, S) in [0, 1]; raises UserError if there are none."""
     paths = texture_files(folder)
     return to_unit(decode(paths, content_digest(paths), 0, side, name="textures").resized)
+
+
+class PseudoAnomalies:
+    """Pseudo anomalies of training images; textures are read when the first one is needed."""
+
+    def __init__(self, texture_dir: str | None, side: int) -> None:
+        self.texture_dir, self.side = texture_dir, side
+        self.textures: Tensor | None = None
+
+    def of(self, train: TrainSet, rows: Tensor, kinds: Sequence[str | None], stream: Generator) -> Tensor:
+        """The images in these rows, each as a pseudo anomaly of its kind or, with None, as it is.
+
+        (N,) rows, N kinds -> (N, 3, S, S) in [0, 1].
+        """
+        if "dream" in kinds and self.texture_dir is not None and self.textures is None:
+            self.textures = read_textures(self.texture_dir, self.side)
+        normals = torch.nonzero(train.semi_targets >= 0).squeeze(1)
+        images = to_unit(train.resized[rows])
+        for k, kind in enumerate(kinds):
+            if kind is not None:
+                other = to_unit(train.resized[normals[randint(stream, len(normals))]])
+                images[k] = pseudo_anomaly(kind, images[k], other, self.textures, stream)
+        return images
 
 
 def content_of_textures(settings: Any) -> dict[str, str]:
