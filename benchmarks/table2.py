@@ -8,23 +8,19 @@ written after each of them.
 """
 
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cells import read_cell, run_cell
 from deep_sad import processor, table
 
 from kka.errors import UserError, run_script
-from kka.files import read_json, write_bytes, write_json
+from kka.files import write_bytes, write_json
 from kka.metrics import format_interval
-from kka.runs import RESULTS, ROOT, git_commit
+from kka.runs import ROOT, git_commit
 from kka.settings import build_parser, make_settings, option
-
-log = logging.getLogger("table2")
 
 
 @dataclass(frozen=True)
@@ -127,20 +123,12 @@ def flags_of(row: str, name: str, s: TableSettings) -> list[str]:
 
 
 def run(row: str, name: str, s: TableSettings) -> None:
-    """One cell: all its seeds, and the peak of memory while they trained."""
-    folder = place(row, name, s)
-    if (folder / "summary.json").exists() and len(read_json(folder / "summary.json")["seeds"]) == s.seeds:
-        return
-    words = [*flags_of(row, name, s), "--data_path", getattr(s, name), "--xp_path", str(folder)]
-    words += ["--runs", str(s.seeds), "--num_threads", str(s.num_threads), "--device", "cpu"]
+    """One cell, all its seeds."""
+    words = [*flags_of(row, name, s), "--data_path", getattr(s, name)]
+    words += ["--num_threads", str(s.num_threads), "--device", "cpu"]
     if s.backbone_weights and ROWS[row].detector in ("simplenet", "recontrast", "frozen"):
         words += [] if "random" in ROWS[row].flags else ["--backbone_weights", s.backbone_weights]
-    log.info("%s, %s", name, row)
-    process = subprocess.Popen([sys.executable, str(ROOT / "src" / "main.py"), *words])
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise UserError(f"{row} on {name} failed; see above, and start this command again")
-    write_json(folder / "peak.json", usage.ru_maxrss / 1024)
+    run_cell(place(row, name, s), words, s.seeds)
 
 
 def collect(sets: Sequence[str], s: TableSettings) -> dict[str, dict[str, Any]]:
@@ -148,18 +136,9 @@ def collect(sets: Sequence[str], s: TableSettings) -> dict[str, dict[str, Any]]:
     cells: dict[str, dict[str, Any]] = {row: {} for row in ROWS}
     for row in ROWS:
         for name in sets:
-            folder = place(row, name, s)
-            if not (folder / "summary.json").exists():
-                continue
-            runs = [read_json(folder / f"seed_{k}" / RESULTS) for k in range(s.seeds)]
-            speeds = [len(r["test_scores"]) / r["test_time"] for r in runs]
-            cells[row][name] = {
-                "aucs": [r["test_auc"] for r in runs],
-                "train_seconds": sum(r["train_time"] for r in runs) / len(runs),
-                "test_images_per_second": sum(speeds) / len(speeds),
-                "peak_mib": read_json(folder / "peak.json") if (folder / "peak.json").exists() else None,
-                "flags": flags_of(row, name, s),
-            }
+            cell = read_cell(place(row, name, s), s.seeds)
+            if cell is not None:
+                cells[row][name] = {**cell, "flags": flags_of(row, name, s)}
     return cells
 
 

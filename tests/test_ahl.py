@@ -26,7 +26,7 @@ from kka.journal import Journal
 from kka.metrics import auroc
 
 TINY = AHLSettings(
-    backbone="squeezenet1_1", backbone_init="random", image_size=96, base_epochs=2, n_epochs=3,
+    backbone="squeezenet1_1", backbone_init="random", image_size=64, base_epochs=2, n_epochs=3,
     steps_per_epoch=4, batch_size=9, fine_tune=False, lr=1e-2, views=2, n_references=2, inner_steps=2,
     query_batches=2, n_clusters=2, memory=1,
 )  # fmt: skip
@@ -243,7 +243,7 @@ def test_later_steps_of_adaptation_pass_the_gradient_on():
 
 def test_features_on_disk_are_continued_where_they_stopped(tmp_path):
     model = AHL(TINY).base.model.eval()
-    images = toy_images(40, True, 96).float() / 255
+    images = toy_images(40, True, 64).float() / 255
     asked = []
 
     def some(first, n):
@@ -266,9 +266,9 @@ def test_features_on_disk_are_continued_where_they_stopped(tmp_path):
         torch.testing.assert_close(on_disk, wanted, rtol=1e-4, atol=1e-4)
 
 
-def two_kinds():
+def two_kinds(side=64):
     """12 dark normals, half of them without red, and 5 bright anomalies."""
-    train = toy_train_set(12, 5, side=96)
+    train = toy_train_set(12, 5, side=side)
     train.resized[:6, 0] = 0
     return train
 
@@ -277,9 +277,10 @@ def two_kinds():
 @pytest.mark.parametrize("heads", ["base", "new"])
 @pytest.mark.parametrize("importance", ["paper", "code"])
 def test_known_anomalies_are_told_from_normals(base_model, heads, importance, tmp_path):
-    settings = replace(TINY, base_model=base_model, heads=heads, importance=importance, ahl_lr=5e-3)
+    how = {"base_model": base_model, "heads": heads, "importance": importance}
+    settings = replace(TINY, **how, image_size=96, ahl_lr=5e-3)
     detector, journal = AHL(settings), Journal(tmp_path)
-    detector.fit(two_kinds(), journal)
+    detector.fit(two_kinds(96), journal)
     images = torch.cat([toy_images(8, bright, 96, seed=3) for bright in (False, True)])
     scores = detector.score(images)
     assert auroc([0] * 8 + [1] * 8, scores) > 0.9
@@ -292,8 +293,9 @@ def test_known_anomalies_are_told_from_normals(base_model, heads, importance, tm
 
 @pytest.mark.parametrize("last", [0, 1])
 def test_interrupted_learning_continues_to_the_same_scores(last, tmp_path, monkeypatch):
-    train, images = two_kinds(), toy_images(4, True, 96, seed=3)
-    whole = AHL(TINY)
+    train, images = two_kinds(), toy_images(4, True, 64, seed=3)
+    settings = replace(TINY, base_epochs=1)
+    whole = AHL(settings)
     whole.fit(train)
     run_epoch = Collaboration.run_epoch
 
@@ -304,16 +306,16 @@ def test_interrupted_learning_continues_to_the_same_scores(last, tmp_path, monke
 
     monkeypatch.setattr(Collaboration, "run_epoch", stopping)
     with pytest.raises(KeyboardInterrupt):
-        AHL(TINY).fit(train, Journal(tmp_path, every=0))
+        AHL(settings).fit(train, Journal(tmp_path, every=0))
     monkeypatch.setattr(Collaboration, "run_epoch", run_epoch)
-    resumed = AHL(TINY)
+    resumed = AHL(settings)
     resumed.fit(train, Journal(tmp_path, every=0))
     assert torch.equal(resumed.score(images), whole.score(images))
 
 
 def test_weights_are_equal_until_psi_has_learnt(tmp_path):
     detector = AHL(replace(TINY, n_epochs=0))
-    train = toy_train_set(12, 5, side=96)
+    train = toy_train_set(12, 5, side=64)
     groups = find_groups(train, False)
     tasks = make_tasks([0, 1] * 6, groups, 3, True, True, seed=0)
     learning = Collaboration(detector.settings, detector.base, tasks, bank_labels(groups, 3), seed=0)

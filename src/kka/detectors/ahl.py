@@ -55,7 +55,13 @@ class AHLSettings(DRASettings):
     """AHL's options beside those of its base model; preset cpu has fewer steps, on kept features."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "cpu": {**DRASettings.PRESETS["cpu"], "inner_steps": 6, "query_batches": 4},
+        "cpu": {
+            **DRASettings.PRESETS["cpu"],
+            "n_epochs": 15,
+            "inner_steps": 6,
+            "query_batches": 4,
+            "n_remembered": 240,
+        },
     }
 
     base_model: str = option("dra", "the model whose heads learn to adapt", tuple(BASE_MODELS))
@@ -83,6 +89,7 @@ class AHLSettings(DRASettings):
     ahl_lr: float = option(2e-3, "learning rate of the unified model, a tenth after every tenth epoch")
     ahl_weight_decay: float = option(1e-4, "its L2 penalty")
     memory: int = option(5, "epochs of scores from which the next ones are foretold")
+    n_remembered: int = option(0, "images, a random part, whose scores are remembered; 0: all of the tasks")
     psi_lr: float = option(2e-3, "learning rate of the network that foretells them")
     psi_weight_decay: float = option(1e-3, "its L2 penalty")
     importance: str = option(
@@ -101,8 +108,9 @@ def check_ahl_settings(settings: AHLSettings) -> None:
             raise UserError(f"--{name} must be above 0, it is {getattr(s, name)}")
     if s.n_clusters < 2:
         raise UserError(f"--n_clusters must be at least 2, it is {s.n_clusters}")
-    if s.base_epochs < 0:
-        raise UserError(f"--base_epochs must not be negative, it is {s.base_epochs}")
+    for name in ("base_epochs", "n_remembered"):
+        if getattr(s, name) < 0:
+            raise UserError(f"--{name} must not be negative, it is {getattr(s, name)}")
 
 
 class AHL:
@@ -212,6 +220,9 @@ class Collaboration:
         self.heads = base.model.heads.eval()
         rows = torch.cat([torch.cat([task.support.rows, task.query.rows]) for task in tasks])
         self.pool = rows.unique()
+        if s.n_remembered:
+            order = torch.randperm(len(self.pool), generator=generator(seed, "pool"))
+            self.pool = self.pool[order[: s.n_remembered].sort().values]
         self.normals = torch.cat([task.support.normals for task in tasks]).unique()
         with seeded(seed, "psi"):
             self.psi = Psi(len(tasks), len(self.pool), s.memory).to(base.device)
