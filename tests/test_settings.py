@@ -32,7 +32,7 @@ class Toy:
     flag: bool = option(False, "a switch")
     words: tuple[str, ...] = option((), "several words")
     limit: int | None = option(None, "perhaps a number")
-    kind: str = option("a", "one of two", ("a", "b"))
+    kind: str = option("a", "one of two", ("a", "b"), alias="sort")
 
 
 def parse(*words):
@@ -46,6 +46,7 @@ def test_defaults_and_flags():
     )
     assert given == Toy(4, 2.0, False, ("x", "y", "z"), 7, "b")
     assert parse("--words") == Toy()
+    assert parse("--sort", "b") == parse("--kind", "b") == Toy(kind="b")
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,9 @@ class ExperimentSettings:
         (), "folders taken as normal, by number, for mvtec by name; none: the data set's own"
     )
     normal_superclass: str | None = option(None, "superclass of CIFAR-100 taken as normal, e.g. furniture")
-    anomaly_path: str | None = option(None, "folder of the generated anomalies; None: <data_path>/0")
+    anomaly_path: str | None = option(
+        None, "folder of the generated anomalies; None: <data_path>/0", alias="kka_anomalies"
+    )
     n_anomalies: int = option(-1, "size of a random part of them; -1 all, 0 none")
     n_anomaly: int = option(
         0, "real anomalies of the test set that are known: they are trained on as labelled, and not tested"

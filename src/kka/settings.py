@@ -14,9 +14,9 @@ from kka.errors import UserError
 S = TypeVar("S")
 
 
-def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A field of a settings dataclass with its help string (and the values it may take)."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+def option(default: Any, help: str, choices: tuple[str, ...] | None = None, alias: str | None = None) -> Any:
+    """A field of a settings dataclass with its help string (the values it may take, another flag's name)."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "alias": alias})
 
 
 class Parser(argparse.ArgumentParser):
@@ -67,8 +67,9 @@ def _add_flag(group: Any, prefix: str, field: Any, kind: Any, many: bool) -> Non
     extra: dict[str, Any] = {"nargs": "*", "action": "extend"} if many else {}
     if kind is bool:
         extra = {"nargs": "?", "const": True}  # --flag, or as the official code: --flag True
+    alias = field.metadata["alias"]
     group.add_argument(
-        f"--{prefix}_{field.name}" if prefix else f"--{field.name}",
+        *(f"--{prefix}_{name}" if prefix else f"--{name}" for name in (field.name, alias) if name),
         type=PARSERS.get(kind, kind),
         choices=field.metadata["choices"],
         metavar=None if field.metadata["choices"] else _name(kind).upper(),
