@@ -17,6 +17,11 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 COMMANDS = re.findall(r"^python src/main\.py(.*?)(?:#.*)?$", README, flags=re.MULTILINE)
 SMALL = {"normal": {"train": 5, "test": 3}, "other": {"train": 1, "test": 1}}
 FAST = ["--n_epochs", "1", "--ae_n_epochs", "1", "--device", "cpu"]
+FAST_AHL = [
+    "--n_epochs", "1", "--base_epochs", "1", "--device", "cpu", "--preset", "cpu",
+    "--backbone_init", "random",
+    "--image_size", "48", "--residual_stride", "1", "--n_clusters", "2", "--steps_per_epoch", "1",
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -30,6 +35,11 @@ def toy_data(name, tmp_path):
     """A folder that looks like the data set, and the flags that choose its classes."""
     if name == "folder":
         return [str(write_toy_folder(tmp_path / "toy", n_anomalies=4))]
+    if name == "mvtec":
+        root = write_toy_folder(tmp_path / "toy" / "screw", ("bent", "crack", "cut", "rust"))
+        for path in sorted((root / "train" / "good").iterdir())[:4]:  # two kinds of normals, for two clusters
+            Image.open(path).rotate(90).point(lambda value: value // 3).save(path)
+        return [str(root.parent)]
     root = write_toy_set(tmp_path / "toy", get_spec(name))
     return [str(root), "--user_dict", json.dumps({"0": [1, 0], "1": [1, 2, 3]})]
 
@@ -43,10 +53,11 @@ def test_readme_command_runs(command, tmp_path, request):
     else:
         data = toy_data(name, tmp_path)
     words = [str(tmp_path / "toy" / "0") if word == "DIR" else word for word in words]
-    result = run_main([*words, "--data_path", *data, *FAST, "--xp_path", str(tmp_path / "run")])
+    fast = FAST_AHL if "ahl" in words else FAST
+    result = run_main([*words, "--data_path", *data, *fast, "--xp_path", str(tmp_path / "run")])
     assert result.code == 0, result.stderr
     runs = [path.parent for path in (tmp_path / "run").rglob("results.json")]
-    assert len(runs) == (5 if "--runs" in words else 1)
+    assert len(runs) == (int(words[words.index("--runs") + 1]) if "--runs" in words else 1)
     for run in runs:
         results = json.loads((run / "results.json").read_text())
         assert 0 <= results["test_auc"] <= 1
