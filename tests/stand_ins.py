@@ -1,17 +1,12 @@
 """create/train_tiny_models.py in this process, with small models."""
 
-import contextlib
 import importlib.util
-import io
 import json
-import logging
-import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from toy import Outcome
-
-from kka.errors import run_script
+from toy import Outcome, call_script
 
 SCRIPT = Path(__file__).parent.parent / "create" / "train_tiny_models.py"
 SMALL = {
@@ -39,23 +34,11 @@ def call(words: list[str]) -> Outcome:
     spec = importlib.util.spec_from_file_location("train_tiny_models", SCRIPT)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    stderr, log, code = io.StringIO(), io.StringIO(), 0
-    handler, package = logging.StreamHandler(log), logging.getLogger("kka")
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(stderr):
-        patch.setattr(sys, "argv", [str(SCRIPT), *words])
-        patch.setattr(package, "level", logging.INFO)
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kka.tiny_diffusion.PREVIEWS", 1)  # at the end
-        package.addHandler(handler)
-        try:
-            run_script(script.main)
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        finally:
-            package.removeHandler(handler)
-    said = [
-        line for line in stderr.getvalue().splitlines(keepends=True) if "|" not in line
-    ]  # no progress bars
-    return Outcome(code, "".join(said), log.getvalue())
+        outcome = call_script(script.main, [str(SCRIPT), *words])
+    lines = outcome.stderr.splitlines(keepends=True)
+    return replace(outcome, stderr="".join(line for line in lines if "|" not in line))  # no progress bars
 
 
 def losses(work: Path, phase: str) -> list[float]:

@@ -41,6 +41,11 @@ QUICK = {
 OTHERS = tuple(name for name in QUICK if name != "deep_sad")
 # The flag that says how long is trained, and its value for two epochs.
 LENGTH = {**dict.fromkeys(QUICK, ("n_epochs", 2)), "recontrast": ("n_iterations", 4), "frozen": None}
+# How the group of its flags begins in --help.
+TITLES = (
+    "Deep SAD's", "SSD's", "CMDA's", "SimpleNet's", "ReContrast's", "Frozen features'", "DevNet's", "DRA's",
+    "AHL's",
+)  # fmt: skip
 
 
 def two_epochs(name):
@@ -273,8 +278,7 @@ def test_shared_flags_have_one_meaning_of_their_type():
 def test_help_lists_the_flags_of_every_detector_in_groups(words, capsys):
     assert run_main(words).code == 0
     text = capsys.readouterr().out
-    titles = ("Deep SAD's", "SSD's", "CMDA's", "SimpleNet's", "ReContrast's", "Frozen features'", "DevNet's")
-    groups = [text.index(f"\n{title} options") for title in titles]
+    groups = [text.index(f"\n{title} options") for title in TITLES]
     assert len(set(groups)) == len(DETECTORS)
     for name, (settings_class, _) in DETECTORS.items():
         assert f"{name}" in text

@@ -13,6 +13,7 @@ import kka.tiny_diffusion
 from kka.attributes import ATTRIBUTES, SIDE, agreement, ceiling, label, load_reader, read, to_tensor
 from kka.captioned import draw_pool, read_images
 from kka.datasets import garden, get_spec
+from kka.datasets.images import content_digest
 from kka.diffusion import Diffusers
 from kka.drawers import DrawerSettings
 from kka.tiny_autoencoder import build_vae, encode_images, to_unit, vae_loss
@@ -105,6 +106,23 @@ def test_interrupted_training_ends_the_same(trained, tmp_path):
         assert (out / path.relative_to(trained)).read_bytes() == path.read_bytes(), path
     works = [folder.with_name("diffusion.training") for folder in (out, trained)]
     assert (works[0] / "metrics.jsonl").read_text() == (works[1] / "metrics.jsonl").read_text()
+
+
+def test_training_on_keeps_the_autoencoder(trained, tmp_path):
+    outcome = train("diffusion", tmp_path / "more", start=trained, steps=20)
+    assert outcome.code == 0, outcome
+    before, after = (
+        {path.parent.name: path.read_bytes() for path in folder.rglob("*.safetensors")}
+        for folder in (trained, tmp_path / "more")
+    )
+    assert [name for name in before if before[name] == after[name]] == ["vae"]
+    assert (
+        losses(tmp_path / "more.training", "denoiser")[0]
+        < losses(trained.with_name("diffusion.training"), "denoiser")[0]
+    )
+    assert not losses(tmp_path / "more.training", "autoencoder")
+    record = read_json(tmp_path / "more" / "training.json")
+    assert record["identity"]["start"] == content_digest(sorted(trained.rglob("*.safetensors")))
 
 
 def test_finished_pipeline_is_left_alone(trained):
@@ -209,6 +227,7 @@ def test_average_follows_the_model():
         ({"no_caption": 1.0}, ["--no_caption", "[0, 1)"]),
         ({"ema": 1.0}, ["--ema"]),
         ({"kl_weight": -1.0}, ["--kl_weight"]),
+        ({"start": "nowhere"}, ["--start nowhere", "model_index.json"]),
         ({"reader": "nowhere"}, ["nowhere", "does not exist", "reader --out"]),
         ({"reader": "nowhere", "dataset_name": "flower"}, ["--reader", "garden's attributes only"]),
         ({"dataset_name": "lawn"}, ["lawn", "known are"]),
@@ -218,6 +237,11 @@ def test_average_follows_the_model():
 def test_bad_input(tmp_path, flags, parts):
     refused(train("diffusion", **{"out": tmp_path / "out", **flags}), *parts)
     assert not (tmp_path / "out").exists()
+
+
+def test_start_of_another_size_is_refused(trained, tmp_path):
+    outcome = train("diffusion", tmp_path / "out", start=trained, latent_channels=4)
+    refused(outcome, trained, "--latent_channels 2")
 
 
 def test_data_set_without_captions(tmp_path):

@@ -6,6 +6,7 @@ import json
 import logging
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,16 +102,20 @@ class Outcome:
 
 def run_main(words: list[str]) -> Outcome:
     """main.py in this process."""
-    stderr, log = io.StringIO(), io.StringIO()
+    return call_script(main.main, ["main.py", *words])
+
+
+def call_script(script: Callable[[], None], words: list[str]) -> Outcome:
+    """A script's main function in this process."""
+    stderr, log, code = io.StringIO(), io.StringIO(), 0
     logger, handler = logging.getLogger("kka"), logging.StreamHandler(log)
-    code = 0
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(stderr):
-        patch.setattr(sys, "argv", ["main.py", *words])
+        patch.setattr(sys, "argv", words)
         level = logger.level
         logger.setLevel(logging.INFO)  # also forgets which loggers were silent
         logger.addHandler(handler)
         try:
-            run_script(main.main)
+            run_script(script)
         except SystemExit as stop:
             code = int(stop.code or 0)
         finally:

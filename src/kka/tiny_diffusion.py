@@ -21,6 +21,7 @@ from torch import Generator, Tensor, nn
 from kka.attributes import SIDE, agreement, load_reader, to_tensor
 from kka.captioned import CaptionedImages, draw_pool, read_images
 from kka.datasets import get_spec
+from kka.datasets.images import content_digest
 from kka.errors import UserError
 from kka.files import read_json, write_atomically, write_json
 from kka.journal import Journal
@@ -63,6 +64,9 @@ class TinyDiffusionSettings:
     lr: float = option(1.5e-3, "their highest learning rate")
     no_caption: float = option(0.1, "share of the images that are shown without their caption, for guidance")
     ema: float = option(0.999, "decay of the average of the weights that is saved")
+    start: str | None = option(
+        None, "folder of a pipeline that is trained on, its autoencoder as it is; None: random weights"
+    )
     reader: str | None = option(
         None, "folder of the reader of attributes that judges the result (garden); None: it is not judged"
     )
@@ -79,6 +83,8 @@ def train_diffusion(settings: TinyDiffusionSettings, output: OutputSettings) -> 
     data = fingerprint([pool.captions, pool.images.float().mean((1, 2, 3)).tolist()])
     kept = {k: v for k, v in to_json(settings).items() if k not in ("data_path", "reader", "n_measured")}
     identity = {"title": f"Tiny Stable Diffusion of {spec.title}", **kept, "data": data}
+    if settings.start is not None:
+        identity["start"] = content_digest(sorted(Path(settings.start).rglob("*.safetensors")))
     identity |= {name: list(identity[name]) for name in ("widths", "vae_widths")}  # as JSON has them
 
     def train(journal: Journal, folder: Path) -> dict[str, Any]:
@@ -116,11 +122,35 @@ def check_settings(settings: TinyDiffusionSettings) -> None:
 
 def fit(pool: CaptionedImages, settings: TinyDiffusionSettings, journal: Journal) -> Any:
     """Train all parts; returns a StableDiffusionPipeline in single precision."""
+    if settings.start is not None:
+        pipe = load_start(Path(settings.start), settings)
+        denoiser = nn.ModuleDict({"unet": pipe.unet, "text": pipe.text_encoder}).requires_grad_(True)
+        vae = pipe.vae.eval().requires_grad_(False)
+        return fit_denoiser(vae, denoiser.train(), pipe.tokenizer, pool, settings, journal)
     tokenizer = build_tokenizer([caption for captions in pool.captions for caption in captions])
     with seeded(settings.seed, "tiny_diffusion"):
         vae, denoiser = build_vae(settings), build_denoiser(settings, tokenizer)
     fit_vae(vae, pool.images, settings, journal)
     return fit_denoiser(vae, denoiser, tokenizer, pool, settings, journal)
+
+
+def load_start(folder: Path, settings: TinyDiffusionSettings) -> Any:
+    """The pipeline that is trained on; raises UserError if it is none, or one of other sizes."""
+    from diffusers import StableDiffusionPipeline
+
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"--start {folder} is no folder with a pipeline of diffusers: no model_index.json")
+    pipe: Any = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    there = {
+        "widths": tuple(pipe.unet.config.block_out_channels),
+        "vae_widths": tuple(pipe.vae.config.block_out_channels),
+        "latent_channels": pipe.vae.config.latent_channels,
+        "side": pipe.vae.config.sample_size,
+    }
+    for name, value in there.items():
+        if value != getattr(settings, name):
+            raise UserError(f"--start {folder} has --{name} {value}; give the same, or another folder")
+    return pipe
 
 
 def build_tokenizer(captions: Sequence[str]) -> Any:
