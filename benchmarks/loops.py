@@ -13,24 +13,31 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from deep_sad import processor, table
 
+from kka.anomalies import read_items
+from kka.attributes import agreement, load_reader, to_tensor
+from kka.datasets import garden
+from kka.datasets.images import read_image
+from kka.draw import read_captions
 from kka.errors import UserError, run_script
 from kka.files import read_json, write_bytes, write_json
 from kka.metrics import mean_interval
 from kka.runs import CONFIG, RESULTS, ROOT, git_commit
 from kka.settings import build_parser, make_settings, option
+from kka.tiny_glm import is_garden_caption
 
 sys.path.insert(0, str(ROOT / "src"))
 from demo import FLAGS
 
 COMMON = ("none*", "untuned", "round_0", "times.json")
 COMMON_NEXT = ("captions*", "described.json", "fresh", "adapter")  # of round 1
+LOOKS = (("usable", 100), ("in_grammar", 100), ("shared", 1))
 
 log = logging.getLogger("loops")
 
@@ -42,6 +49,9 @@ class StudySettings:
     seeds: int = option(5, "loops of each mode")
     modes: tuple[str, ...] = option(("add", "rep"), "how the set is updated")
     folder: str = option(str(ROOT / "log" / "study"), "folder of the loops")
+    reader: str | None = option(
+        None, "folder of the reader of attributes that looks at the garden's pictures"
+    )
     out: str = option(str(Path(__file__).parent / "results" / "loop_garden"), "table without suffix")
 
 
@@ -77,7 +87,31 @@ def run(flags: list[str], mode: str, seed: int, s: StudySettings) -> dict[str, A
         log.info("%s, seed %d", mode, seed)
         if subprocess.run(command).returncode:
             raise UserError(f"the loop in {folder} failed; see above, and start this command again")
-    return {"mode": mode, "seed": seed, **read_json(folder / RESULTS)}
+    loop = {"mode": mode, "seed": seed, **read_json(folder / RESULTS)}
+    for row in loop["rounds"]:
+        row |= look_at(folder / f"round_{row['round']}", s.reader)
+    loop["untuned"] = look_at(folder / "untuned", s.reader)
+    return loop
+
+
+def look_at(place: Path, reader: str | None) -> dict[str, Any]:
+    """What became of an LLM's answers; in the garden also what they say and whether the pictures show it."""
+    described = read_json(place / "described.json")
+    captions = [str(record["caption"]) for record in read_captions(place / "captions.jsonl")]
+    found: dict[str, Any] = {"answers": described["captions"] + sum(described["rejected"].values())}
+    found["usable"] = described["captions"] / found["answers"]
+    parsed = [garden.parse_caption(caption) for caption in captions if is_garden_caption(caption)]
+    if not parsed:
+        return found
+    normal = asdict(garden.SPECIES[garden.NORMAL])
+    found["in_grammar"] = len(parsed) / len(captions)
+    found["shared"] = mean([sum(flower.get(k) == v for k, v in normal.items()) for flower in parsed])
+    if reader is not None:
+        folder = place / ("fresh" if (place / "fresh").exists() else "0")
+        items = read_items(folder)
+        pictures = to_tensor([read_image(folder / item.file) for item in items])
+        found["follow"] = agreement(load_reader(Path(reader)), pictures, [item.caption for item in items])
+    return found
 
 
 def share(done: Path, folder: Path, mode: str) -> None:
@@ -106,7 +140,24 @@ def to_markdown(report: dict[str, Any], modes: Sequence[str]) -> str:
             rows.append([f"KKA({k})", *round_cells([loop["rounds"][k] for loop in loops], loops)])
         header = "|set|hard, %|hard, untuned LLM, %|loops with more hard ones|DPO margin|test AUC, %"
         parts.append(f"\nmode {mode}, {len(loops)} seeds\n" + table(header, rows))
+    parts.append("\nfresh captions and pictures, all modes\n" + looks(report["loops"]))
     return "\n".join(parts)
+
+
+def looks(loops: Sequence[dict[str, Any]]) -> str:
+    """A table of what the LLM answered, and in the garden of what it says and the pictures show."""
+    rows = [["untuned", *look_cells([loop["untuned"] for loop in loops])]]
+    for k in range(min(len(loop["rounds"]) for loop in loops)):
+        rows.append([f"round {k}", *look_cells([loop["rounds"][k] for loop in loops])])
+    header = "|usable, %|in the grammar, %|attributes shared with the normal"
+    return table(header + "".join(f"|{name} follows, %" for name in garden.ATTRIBUTES), rows)
+
+
+def look_cells(found: Sequence[dict[str, Any]]) -> list[str]:
+    """Means over loops, empty where nothing is known."""
+    cells = [mean_of([each[key] for each in found if key in each], scale) for key, scale in LOOKS]
+    follow = [each["follow"] for each in found if "follow" in each]
+    return cells + [mean_of([each[name] for each in follow]) for name in garden.ATTRIBUTES]
 
 
 def round_cells(rounds: list[dict[str, Any]], loops: list[dict[str, Any]]) -> list[str]:
@@ -119,7 +170,7 @@ def round_cells(rounds: list[dict[str, Any]], loops: list[dict[str, Any]]) -> li
         mean_of([row["hard"] for row in rounds]),
         mean_of([row["hard_untuned"] for row in rounds]) if later else "",
         f"{more} of {len(rounds)}" if later else "",
-        mean_of(margins, 1) if margins else "",
+        mean_of(margins, 1),
         mean_of([mean(row["test_aucs"]) for row in rounds]),
     ]
 
@@ -130,7 +181,9 @@ def mean(values: Sequence[float]) -> float:
 
 
 def mean_of(values: Sequence[float], scale: float = 100) -> str:
-    """Mean and half width of the 95 % interval."""
+    """Mean and half width of the 95 % interval; nothing for no values."""
+    if not values:
+        return ""
     middle, half = mean_interval(values)
     return f"{scale * middle:.2f}" + ("" if half is None else f" ± {scale * half:.2f}")
 
