@@ -1,7 +1,8 @@
 """Does the loop help? Algorithm 1 over seeds and modes, one table.
 
     python benchmarks/loops.py                                        # the garden, as `make demo` does it
-    python benchmarks/loops.py --out DIR/name -- --dataset_name ucm_caption ...     # flags of src/iterate.py
+    python benchmarks/loops.py --out FILE -- --drawer_backend garden                # the same but for these flags
+    python benchmarks/loops.py --base none --out FILE -- --dataset_name ucm_caption ...
 
 Loops that are finished are not run again, and an interrupted one continues. What does not depend on the mode
 (the round without anomalies, round 0, the tuned LLM of round 1 and its images) is done once for each seed.
@@ -47,6 +48,7 @@ class StudySettings:
     """Options of the study."""
 
     seeds: int = option(5, "loops of each mode")
+    base: str = option("demo", "flags of src/iterate.py to which those behind -- are added", ("demo", "none"))
     modes: tuple[str, ...] = option(("add", "rep"), "how the set is updated")
     folder: str = option(str(ROOT / "log" / "study"), "folder of the loops")
     reader: str | None = option(
@@ -59,8 +61,8 @@ def main() -> None:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     words, flags = divide(sys.argv[1:])
     s = make_settings(StudySettings, vars(build_parser("Loops, compared.", StudySettings).parse_args(words)))
-    if not flags:
-        flags = [str(word) for name, value in FLAGS.items() for word in (f"--{name}", value)]
+    if s.base == "demo":
+        flags = [*(str(word) for name, value in FLAGS.items() for word in (f"--{name}", value)), *flags]
     shown = [Path(word).name if os.sep in word else word for word in flags]  # published: no one's folders
     report: dict[str, Any] = {"flags": shown, "git_commit": git_commit(), "processor": processor()}
     report["threads"] = torch.get_num_threads()
