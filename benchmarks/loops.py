@@ -1,7 +1,7 @@
 """Does the loop help? Algorithm 1 over seeds and modes, one table.
 
-    python benchmarks/loops.py                                        # the garden, as `make demo` does it
-    python benchmarks/loops.py --out FILE -- --drawer_backend garden                # the same but for these flags
+    python benchmarks/loops.py                                           # the garden, as `make demo` does it
+    python benchmarks/loops.py --out FILE -- --drawer_backend garden     # the same but for these flags
     python benchmarks/loops.py --base none --out FILE -- --dataset_name ucm_caption ...
 
 Loops that are finished are not run again, and an interrupted one continues. What does not depend on the mode
