@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from kka.datasets import garden
-from kka.tiny_diffusion import build_scheduler, build_tokenizer
+from kka.tiny_denoiser import build_scheduler, build_tokenizer
 from kka.tiny_glm import CHAT_TEMPLATE, END, SPECIAL, UNKNOWN, learn_words
 
 

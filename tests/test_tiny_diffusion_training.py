@@ -17,7 +17,8 @@ from kka.datasets.images import content_digest
 from kka.diffusion import Diffusers
 from kka.drawers import DrawerSettings
 from kka.tiny_autoencoder import build_vae, encode_images, to_unit, vae_loss
-from kka.tiny_diffusion import TinyDiffusionSettings, build_scheduler, build_tokenizer, draw, follow, tokenize
+from kka.tiny_denoiser import build_scheduler, build_text_encoder, build_tokenizer, tokenize
+from kka.tiny_diffusion import TinyDiffusionSettings, draw, follow
 
 CAPTION = "this flower has several large round red petals and a black center"
 
@@ -121,6 +122,9 @@ def test_training_on_keeps_the_autoencoder(trained, tmp_path):
         < losses(trained.with_name("diffusion.training"), "denoiser")[0]
     )
     assert not losses(tmp_path / "more.training", "autoencoder")
+    again = train("diffusion", tmp_path / "text", start=trained, new_text=True, steps=20)
+    assert again.code == 0, again
+    assert losses(tmp_path / "text.training", "denoiser") != losses(tmp_path / "more.training", "denoiser")
     record = read_json(tmp_path / "more" / "training.json")
     assert record["identity"]["start"] == content_digest(sorted(trained.rglob("*.safetensors")))
 
@@ -178,6 +182,19 @@ def test_tokens_are_those_of_the_pipeline():
     assert (tokens[1, 1:] == tokenizer.eos_token_id).all()
     assert tokenizer.unk_token_id in tokens[2]
     assert tokenizer.convert_tokens_to_ids("flower") in tokens[2]
+
+
+def test_new_text_encoder_tells_last_words_apart():
+    tokenizer = build_tokenizer([CAPTION, CAPTION.replace("black", "white")])
+    torch.manual_seed(0)
+    text = build_text_encoder(tokenizer)
+    captions = [CAPTION, CAPTION.replace("black", "white"), CAPTION.replace("large", "black")]
+    with torch.no_grad():
+        black, white, large = text(tokenize(tokenizer, captions)).last_hidden_state
+    place = tokenize(tokenizer, [CAPTION])[0].tolist().index(tokenizer.convert_tokens_to_ids("black"))
+    assert (black - white)[place].norm() > 0.5 * black[place].norm()
+    assert (black - white)[:place].norm() < 1e-4
+    assert (black - large)[place].norm() > 1e-2  # it reads what stands before
 
 
 def test_last_timestep_is_pure_noise():

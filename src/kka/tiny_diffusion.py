@@ -29,12 +29,15 @@ from kka.runs import fingerprint
 from kka.seeds import derive_seed, generator, seeded
 from kka.settings import option, to_json
 from kka.tiny_autoencoder import CHUNK, build_vae, encode_images, fit_vae, reconstruction
-from kka.tiny_glm import UNKNOWN, learn_words
+from kka.tiny_denoiser import (
+    build_denoiser,
+    build_scheduler,
+    build_text_encoder,
+    build_tokenizer,
+    tokenize,
+)
 from kka.tiny_training import OutputSettings, check_positive, descend, train_into
 
-START, END = "<|startoftext|>", "<|endoftext|>"
-MAX_TOKENS = 77  # Stable Diffusion's
-TEXT_WIDTH = 64
 PREVIEWS = 20  # unfinished pipelines and sheets of pictures during the training
 SAMPLING = {"num_inference_steps": 15, "guidance_scale": 3.0}  # of previews and figures
 SHEET = (8, 4)  # pictures across and down
@@ -67,6 +70,7 @@ class TinyDiffusionSettings:
     start: str | None = option(
         None, "folder of a pipeline that is trained on, its autoencoder as it is; None: random weights"
     )
+    new_text: bool = option(False, "with --start: the text encoder begins anew")
     reader: str | None = option(
         None, "folder of the reader of attributes that judges the result (garden); None: it is not judged"
     )
@@ -124,7 +128,9 @@ def fit(pool: CaptionedImages, settings: TinyDiffusionSettings, journal: Journal
     """Train all parts; returns a StableDiffusionPipeline in single precision."""
     if settings.start is not None:
         pipe = load_start(Path(settings.start), settings)
-        denoiser = nn.ModuleDict({"unet": pipe.unet, "text": pipe.text_encoder}).requires_grad_(True)
+        with seeded(settings.seed, "text_encoder"):
+            text = build_text_encoder(pipe.tokenizer) if settings.new_text else pipe.text_encoder
+        denoiser = nn.ModuleDict({"unet": pipe.unet, "text": text}).requires_grad_(True)
         vae = pipe.vae.eval().requires_grad_(False)
         return fit_denoiser(vae, denoiser.train(), pipe.tokenizer, pool, settings, journal)
     tokenizer = build_tokenizer([caption for captions in pool.captions for caption in captions])
@@ -151,54 +157,6 @@ def load_start(folder: Path, settings: TinyDiffusionSettings) -> Any:
         if value != getattr(settings, name):
             raise UserError(f"--start {folder} has --{name} {value}; give the same, or another folder")
     return pipe
-
-
-def build_tokenizer(captions: Sequence[str]) -> Any:
-    """A fast tokenizer of the captions' words that starts, ends and pads texts as CLIP's does."""
-    from tokenizers.processors import TemplateProcessing
-    from transformers import PreTrainedTokenizerFast
-
-    words = learn_words(captions, (UNKNOWN, START, END))
-    ends = [(token, words.token_to_id(token)) for token in (START, END)]
-    words.post_processor = TemplateProcessing(single=f"{START} $A {END}", special_tokens=ends)
-    longest = max(len(words.encode(caption).ids) for caption in captions)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token=UNKNOWN, bos_token=START, eos_token=END, pad_token=END,
-        model_max_length=min(MAX_TOKENS, 8 * (longest // 8 + 1)),
-    )  # fmt: skip
-
-
-def build_denoiser(settings: TinyDiffusionSettings, tokenizer: Any) -> nn.ModuleDict:
-    """UNet and CLIP text encoder with random weights; captions are read below the highest resolution."""
-    from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    n, side = len(settings.widths) - 1, settings.side // 2 ** (len(settings.vae_widths) - 1)
-    unet: Any = UNet2DConditionModel(
-        sample_size=side, block_out_channels=settings.widths, layers_per_block=1,
-        in_channels=settings.latent_channels, out_channels=settings.latent_channels, norm_num_groups=8,
-        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * n,
-        up_block_types=("CrossAttnUpBlock2D",) * n + ("UpBlock2D",),
-        attention_head_dim=4, cross_attention_dim=TEXT_WIDTH,
-    )  # fmt: skip
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=TEXT_WIDTH, intermediate_size=4 * TEXT_WIDTH,
-        num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    return nn.ModuleDict({"unet": unet, "text": CLIPTextModel(config)})
-
-
-def build_scheduler() -> Any:
-    """v-prediction from pure noise on: SNR 0 at the last timestep (Lin et al., 2024)."""
-    from diffusers import DDIMScheduler
-
-    return DDIMScheduler(
-        beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", rescale_betas_zero_snr=True,
-        timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True,
-        steps_offset=1,  # which trailing timesteps ignore, and the pipeline warns of another value
-    )  # fmt: skip
 
 
 def fit_denoiser(
@@ -262,12 +220,6 @@ class Batches:
         dropped, chosen = torch.rand(2, generator=stream).tolist()
         captions = self.captions[row % len(self.captions)]
         return self.empty if dropped < self.settings.no_caption else captions[int(chosen * len(captions))]
-
-
-def tokenize(tokenizer: Any, captions: Sequence[str]) -> Tensor:
-    """(N, T) token ids, padded as the pipeline pads them."""
-    length = {"max_length": tokenizer.model_max_length, "truncation": True}
-    return tokenizer(list(captions), padding="max_length", return_tensors="pt", **length)["input_ids"]
 
 
 @torch.no_grad()
