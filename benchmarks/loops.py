@@ -151,8 +151,10 @@ def looks(loops: Sequence[dict[str, Any]]) -> str:
     rows = [["untuned", *look_cells([loop["untuned"] for loop in loops])]]
     for k in range(min(len(loop["rounds"]) for loop in loops)):
         rows.append([f"round {k}", *look_cells([loop["rounds"][k] for loop in loops])])
-    header = "|usable, %|in the grammar, %|attributes shared with the normal"
-    return table(header + "".join(f"|{name} follows, %" for name in garden.ATTRIBUTES), rows)
+    titles = ["", "usable, %", "in the grammar, %", "attributes shared with the normal"]
+    titles += [f"{name} follows, %" for name in garden.ATTRIBUTES]
+    known = [i for i in range(len(titles)) if any(row[i] for row in rows)]
+    return table("|".join(titles[i] for i in known), [[row[i] for i in known] for row in rows])
 
 
 def look_cells(found: Sequence[dict[str, Any]]) -> list[str]:
