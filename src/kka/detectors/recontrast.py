@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kka.detectors.contract import Evaluate
-from kka.detectors.parts import cycled, gradient_step, in_batches, smooth, split_labels
+from kka.detectors.parts import cycled, gradient_step, in_batches, score_images, smooth, split_labels
 from kka.errors import UserError
 from kka.journal import Journal, Stateful
 from kka.networks.backbones import Backbone, BackboneSettings
@@ -183,6 +183,21 @@ class ContrastiveReconstruction(nn.Module):
         return self
 
 
+class MapScorer(nn.Module):
+    """Smooth anomaly maps and what an image scores by them. (N, 3, S, S) uint8 -> (N,)."""
+
+    def __init__(self, model: ContrastiveReconstruction, size: int, kind: str) -> None:
+        super().__init__()
+        self.model, self.size, self.kind = model, (size, size), kind
+
+    def maps(self, images: Tensor) -> Tensor:
+        """(N, 3, S, S) uint8 -> (N, S, S)."""
+        return smooth(sum_maps(self.model(images), self.size))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return image_scores(self.maps(images), self.kind)
+
+
 class ReContrast:
     """ReContrast on images; the same class with and without generated anomalies."""
 
@@ -246,17 +261,16 @@ class ReContrast:
 
     def score(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) uint8 -> (N,) image scores from the anomaly maps, on the CPU."""
-        return in_batches(
-            lambda part: image_scores(self.maps(part), self.settings.image_score), images, SCORE_BATCH
-        )
+        return score_images(self.scorer(), images, self.device, SCORE_BATCH)
+
+    def scorer(self) -> MapScorer:
+        """(N, 3, S, S) uint8 -> (N,), as one module."""
+        return MapScorer(self.model, self.image_size, self.settings.image_score)
 
     def maps(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) uint8 -> (N, S, S) smooth anomaly maps, on the CPU."""
-        self.model.eval()
-        size = (self.image_size, self.image_size)
-        return in_batches(
-            lambda part: smooth(sum_maps(self.model(part.to(self.device)), size)), images, SCORE_BATCH
-        )
+        scorer = self.scorer().eval()
+        return in_batches(lambda part: scorer.maps(part.to(self.device)).cpu(), images, SCORE_BATCH)
 
     def embed(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) uint8 -> (N, C) mean of the trained encoder's deepest features, on the CPU."""
