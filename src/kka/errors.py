@@ -20,7 +20,7 @@ class TrainingError(Exception):
 def run_script(main: Callable[[], None], again: str = "the same command continues where it stopped") -> None:
     """Run a script's `main` and turn expected failures into one sentence and an exit code.
 
-    Bad input exits with 2, Ctrl-C with 130 (`again` says what to do), a failed training or a full disk with 1.
+    Bad input exits with 2, Ctrl-C with 130 (`again` says what then), a failed training or a full disk with 1.
     """
     try:
         main()

@@ -187,7 +187,7 @@ def to_pt2(program: ExportedProgram) -> bytes:
 
 def from_pt2(data: bytes) -> Scoring:
     """What a .pt2 file does."""
-    return torch.export.load(io.BytesIO(data)).module()  # type: ignore[return-value]
+    return torch.export.load(io.BytesIO(data)).module()
 
 
 def to_onnx(program: ExportedProgram) -> bytes:

@@ -145,21 +145,16 @@ def score_files(
     ):
         for start in range(0, len(paths), CHUNK):
             part = paths[start : start + CHUNK]
-            results = list(pool.map(lambda path: _read(path, trained, generated), part))
-            good = [
-                (path, view) for path, view in zip(part, results, strict=True) if not isinstance(view, str)
-            ]
-            bad = [(path, view) for path, view in zip(part, results, strict=True) if isinstance(view, str)]
-            predictions, images = [], torch.empty(0, 3, 0, 0, dtype=torch.uint8)
-            if good:
-                images = torch.stack([view for _, view in good])
-                scores = trained.detector.score(images)
-                if not scores.isfinite().all():
-                    raise UserError(f"scores of --model {trained.run} are not finite; train it anew")
-                pairs = zip(good, scores.tolist(), strict=True)
-                predictions = [Prediction(path, score, threshold) for (path, _), score in pairs]
+            views = list(pool.map(lambda path: _read(path, trained, generated), part))
+            good = {path: view for path, view in zip(part, views, strict=True) if isinstance(view, Tensor)}
+            bad = [(path, why) for path, why in zip(part, views, strict=True) if isinstance(why, str)]
+            images = torch.stack(list(good.values())) if good else torch.empty(0, 3, 0, 0)
+            scores = trained.detector.score(images) if good else torch.empty(0)
+            if not scores.isfinite().all():
+                raise UserError(f"scores of --model {trained.run} are not finite; train it anew")
+            pairs = zip(good, scores.tolist(), strict=True)
             bar.update(len(part))
-            yield predictions, images, bad
+            yield [Prediction(path, score, threshold) for path, score in pairs], images, bad
 
 
 def _read(path: Path, trained: Trained, generated: bool) -> Tensor | str:
