@@ -3,8 +3,8 @@
     python benchmarks/export.py                      # needs the extra onnx
     python benchmarks/export.py --net_name resnet18 --net_size 224
 
-All three take uint8 images of the network's own size and give scores; weights are random, which costs the same.
-They take turns, so that a change of the clock hits all alike; the median of the rounds counts.
+All three take uint8 images of the network's own size and give scores; weights are random, which costs the
+same. They take turns, so that a change of the clock hits all alike; the median of the rounds counts.
 """
 
 import logging
@@ -49,13 +49,13 @@ def main() -> None:
     s = make_settings(BenchmarkSettings, vars(parser.parse_args()))
     import_onnxruntime()
     torch.set_num_threads(s.threads)
-    load_before = os.getloadavg()[0]
+    load = [os.getloadavg()[0]]
     where = {**machine(), "processor": processor(), "git_commit": git_commit()}
     ways = make_ways(s)
     rows = [time_batch(ways, n, s) for n in BATCHES]
     report = {
         **where,
-        "load": [load_before, os.getloadavg()[0]],
+        "load": [*load, os.getloadavg()[0]],
         "net_name": s.net_name,
         "images_per_s": rows,
     }

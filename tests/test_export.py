@@ -14,6 +14,7 @@ from toy import image_path, refused, results
 from kka.datasets.images import test_view as pillow_view
 from kka.detectors import build_detector
 from kka.detectors.deep_sad import DeepSADSettings
+from kka.detectors.dra import DRASettings
 from kka.detectors.frozen import FrozenSettings
 from kka.detectors.recontrast import ReContrastSettings
 from kka.detectors.simplenet import SimpleNetSettings
@@ -37,6 +38,7 @@ QUICK = {
                                      n_iterations=2, batch_size=4),
     "frozen": FrozenSettings(**SMALL),
     "frozen, logistic": FrozenSettings(**SMALL, head="logistic"),
+    "dra": DRASettings(**SMALL, fine_tune=False, views=1, n_epochs=1, steps_per_epoch=1, batch_size=6),
 }  # fmt: skip
 IN_ONNX = ("deep_sad", "ssd", "simplenet", "recontrast", "frozen")
 

@@ -171,7 +171,7 @@ class ContrastiveReconstruction(nn.Module):
         trained, frozen = self.encoder(images), self.frozen(images)
         code = self.bottleneck([torch.cat(pair) for pair in zip(trained, frozen, strict=True)])
         first, second = self.decoder(code, self.sizes)
-        n = len(images)
+        n = images.shape[0]  # len() would be a constant in an exported graph
         rebuilt = [level[:n] for level in first] + [level[n:] for level in second]
         return [(t.float(), o.float()) for t, o in zip(frozen + trained, rebuilt, strict=True)]
 
