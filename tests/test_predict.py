@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
-from test_detectors import quick, ran
+from test_detectors import quick, ran, two_epochs
 from toy import DAMAGED, call_script, image_path, read_json, refused, results, snapshot, write_damaged
 
 import predict
@@ -23,10 +23,10 @@ MAPPED = ("simplenet", "recontrast")
 
 @pytest.fixture(scope="module")
 def runs(toy_set, tmp_path_factory):
-    """The folder of an untrained run of some detectors, with a threshold all the same."""
+    """The folder of a short run of some detectors."""
     folder = tmp_path_factory.mktemp("runs")
     for name in SCORED:
-        ran(quick(toy_set, folder / name, name))
+        ran(quick(toy_set, folder / name, name, **two_epochs(name)))
     return folder
 
 
@@ -213,7 +213,7 @@ def test_folders_that_are_no_run_are_refused(toy_set, finished, tmp_path):
         ({"settings": {"net_nam": "x"}}, "unknown setting 'net_nam'"),
         ({"settings": {"net_name": "mnist_LeNet"}}, "damaged or of another version"),
         ({"settings": None}, "damaged or of another version"),
-        ({"image_size": 64}, "says 64 px, the detector takes 32"),
+        ({"image_size": 64}, "says images of 64 px, the detector takes 32"),
         ({"threshold": None}, "damaged or of another version"),
     ],
 )
@@ -242,7 +242,7 @@ def test_damaged_models_are_refused(toy_set, finished, tmp_path):
     [
         (["--out", "scores.txt"], "--out must end in .csv or .json, it is 'scores.txt'"),
         (["--export", "model.tar"], "--export must end in .pt2 or .onnx"),
-        (["--threshold", "nan"], "--threshold must be a finite number"),
+        (["--threshold", "nan"], "setting 'threshold' must be a finite number"),
         (["--threshold", "low"], "argument --threshold: invalid float value: 'low'"),
         (["--num_threads", "-1"], "--num_threads must not be negative"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),

@@ -83,8 +83,6 @@ def check_settings(settings: PredictSettings) -> None:
     for name in ("num_threads", "n_jobs_dataloader"):
         if getattr(s, name) < 0:
             raise UserError(f"--{name} must not be negative, it is {getattr(s, name)}")
-    if s.threshold is not None and not -float("inf") < s.threshold < float("inf"):
-        raise UserError(f"--threshold must be a finite number, it is {s.threshold}")
     for name, endings in (("out", (".csv", ".json")), ("export", (".pt2", ".onnx"))):
         value = getattr(s, name)
         if value is not None and not value.lower().endswith(endings):
