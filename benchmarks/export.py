@@ -1,4 +1,4 @@
-"""Images per second of Deep SAD as PyTorch runs it, exported by torch.export, and in ONNX Runtime.
+"""Images per second of one core: Deep SAD as PyTorch runs it, exported by torch.export, and in ONNX Runtime.
 
     python benchmarks/export.py                      # needs the extra onnx
     python benchmarks/export.py --net_name resnet18 --net_size 224
@@ -38,7 +38,6 @@ class BenchmarkSettings:
 
     net_name: str = option("cifar10_LeNet", "Deep SAD's network")
     net_size: int = option(224, "side of the images for a network of torchvision")
-    threads: int = option(1, "threads of each")
     rounds: int = option(30, "times that each is measured")
     out: str = option(str(RESULTS / "export"), "results without suffix: .json and .md are written")
 
@@ -48,7 +47,7 @@ def main() -> None:
     parser = build_parser("Exported Deep SAD, timed.", BenchmarkSettings)
     s = make_settings(BenchmarkSettings, vars(parser.parse_args()))
     import_onnxruntime()
-    torch.set_num_threads(s.threads)
+    torch.set_num_threads(1)
     load = [os.getloadavg()[0]]
     where = {**machine(), "processor": processor(), "git_commit": git_commit()}
     ways = make_ways(s)
@@ -76,7 +75,7 @@ def make_ways(s: BenchmarkSettings) -> dict[str, Scoring]:
         data = FORMATS[".onnx"][0](program)
     runtime = import_onnxruntime()
     options = runtime.SessionOptions()
-    options.intra_op_num_threads = s.threads
+    options.intra_op_num_threads = 1
     session = runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     return {
         "PyTorch": lambda images: (detector.score(images), images),
@@ -87,16 +86,16 @@ def make_ways(s: BenchmarkSettings) -> dict[str, Scoring]:
 
 @torch.no_grad()
 def time_batch(ways: dict[str, Scoring], n: int, s: BenchmarkSettings) -> dict[str, Any]:
-    """Images per second of each way at batches of n: from the median of the rounds."""
+    """Images per CPU second of each way at batches of n: from the median of the rounds."""
     side = DeepSAD(DeepSADSettings(s.net_name, s.net_size)).image_size
     images = torch.randint(256, (n, 3, side, side), dtype=torch.uint8)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in tqdm(range(s.rounds), desc=f"batches of {n}", disable=None, leave=False):
         for name, score in ways.items():
             score(images)  # warm
-            began = time.perf_counter()
+            began = time.process_time()  # other jobs on the machine do not count
             score(images)
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(time.process_time() - began)
     return {"batch": n, **{name: n / statistics.median(values) for name, values in seconds.items()}}
 
 
@@ -107,9 +106,9 @@ def to_markdown(report: dict[str, Any]) -> str:
     rows = [[str(row["batch"]), *(f"{row[name]:.0f}" for name in names)] for row in report["images_per_s"]]
     return (
         f"Deep SAD, {report['net_name']}; {report['processor']}, {report['cores']} cores, "
-        f"{report['threads']} thread(s), commit {report['git_commit']}; load of the machine {first:.1f} to "
-        f"{last:.1f} (other jobs ran beside it where that is above 1)\n"
-        + table(f"images per second, batches of|{'|'.join(names)}", rows)
+        f"one thread, commit {report['git_commit']}. CPU time of the process; the load of the machine was {first:.1f} "
+        f"to {last:.1f}: above 1 other jobs ran beside it, which also costs cache\n"
+        + table(f"images per CPU second, batches of|{'|'.join(names)}", rows)
     )
 
 

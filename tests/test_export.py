@@ -38,7 +38,8 @@ QUICK = {
                                      n_iterations=2, batch_size=4),
     "frozen": FrozenSettings(**SMALL),
     "frozen, logistic": FrozenSettings(**SMALL, head="logistic"),
-    "dra": DRASettings(**{**SMALL, "image_size": 48}, fine_tune=False, views=1, n_epochs=1, steps_per_epoch=1, batch_size=6),
+    "dra": DRASettings(**{**SMALL, "image_size": 48}, fine_tune=False, views=1, n_epochs=1,
+                       steps_per_epoch=1, batch_size=6),
 }  # fmt: skip
 IN_ONNX = ("deep_sad", "ssd", "simplenet", "recontrast", "frozen")
 
