@@ -106,8 +106,8 @@ def to_markdown(report: dict[str, Any]) -> str:
     rows = [[str(row["batch"]), *(f"{row[name]:.0f}" for name in names)] for row in report["images_per_s"]]
     return (
         f"Deep SAD, {report['net_name']}; {report['processor']}, {report['cores']} cores, "
-        f"one thread, commit {report['git_commit']}. CPU time of the process; the load of the machine was {first:.1f} "
-        f"to {last:.1f}: above 1 other jobs ran beside it, which also costs cache\n"
+        f"one thread, commit {report['git_commit']}. CPU time of the process; the load of the machine was "
+        f"{first:.1f} to {last:.1f}: above 1 other jobs ran beside it, which also costs cache\n"
         + table(f"images per CPU second, batches of|{'|'.join(names)}", rows)
     )
 
