@@ -30,8 +30,6 @@ N_REAL, REAL_SIDE = 4, 512  # real images of an export's test, and the largest s
 Scoring = Callable[[Tensor], tuple[Tensor, Tensor]]
 """(N, 3, H, W) uint8 -> (N,) scores and (N,) bool, whether anomalous"""
 
-log = logging.getLogger(__name__)
-
 
 class Exported(nn.Module):
     """A detector from pixels to decisions.
@@ -192,6 +190,8 @@ def from_pt2(data: bytes) -> Scoring:
 
 def to_onnx(program: ExportedProgram) -> bytes:
     """The bytes of an .onnx file."""
+    for name in ("onnxscript", "onnx_ir"):  # they tell of every node that they cannot fold
+        logging.getLogger(name).setLevel(logging.WARNING)
     names = ["score", "anomalous"]
     made = torch.onnx.export(program, dynamo=True, input_names=["images"], output_names=names, verbose=False)
     assert made is not None
