@@ -23,20 +23,25 @@ from kka.metrics import auroc
 FAST = SSDSettings(arch="cifar10_LeNet", n_epochs=2, warmup=1, batch_size=8, scale_lr=True, copies=2)
 
 
+def distances(features, means, precisions):
+    """`nearest_distance` of arrays."""
+    return nearest_distance(*map(torch.from_numpy, (features, means, precisions))).numpy()
+
+
 def test_mean_distance_of_the_training_features_is_their_dimension():
     features = np.random.default_rng(0).normal(size=(300, 12)) @ np.diag(np.arange(1, 13))
     gaussian = fit_gaussians(features, np.zeros(300), "pinv")
-    assert nearest_distance(features, **gaussian).mean() == pytest.approx(12, rel=1e-9)
-    assert nearest_distance(features.mean(0, keepdims=True), **gaussian) == pytest.approx(0, abs=1e-12)
+    assert distances(features, **gaussian).mean() == pytest.approx(12, rel=1e-9)
+    assert distances(features.mean(0, keepdims=True), **gaussian) == pytest.approx(0, abs=1e-12)
 
 
 def test_minimum_over_clusters_exceeds_none_of_them():
     features = np.random.default_rng(0).normal(size=(60, 4)) + np.repeat([[0], [5], [9]], 20, axis=0)
     clusters = np.repeat([0, 1, 2], 20)
     each = [fit_gaussians(features[clusters == k], np.zeros(20), "ledoit_wolf") for k in range(3)]
-    single = np.stack([nearest_distance(features, **gaussian) for gaussian in each])
+    single = np.stack([distances(features, **gaussian) for gaussian in each])
     np.testing.assert_allclose(
-        nearest_distance(features, **fit_gaussians(features, clusters, "ledoit_wolf")), single.min(0)
+        distances(features, **fit_gaussians(features, clusters, "ledoit_wolf")), single.min(0)
     )
 
 
@@ -47,8 +52,7 @@ def test_pseudo_inverse_overlooks_what_the_normals_do_not_span_and_shrinkage_doe
     outliers = np.zeros((2, 512))
     outliers[0, 400], outliers[1, 400] = 1, 10
     blind, shrunk = (
-        nearest_distance(outliers, **fit_gaussians(features, np.zeros(51), kind))
-        for kind in ("pinv", "ledoit_wolf")
+        distances(outliers, **fit_gaussians(features, np.zeros(51), kind)) for kind in ("pinv", "ledoit_wolf")
     )
     assert blind[1] == pytest.approx(blind[0], rel=1e-6)
     assert shrunk[1] > 50 * shrunk[0]

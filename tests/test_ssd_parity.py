@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from golden_arrays import golden, tensors, unit
+from test_ssd import distances
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
@@ -14,7 +15,6 @@ from kka.detectors.ssd import (
     SSDSettings,
     contrastive_loss,
     fit_gaussians,
-    nearest_distance,
     standardize,
     to_unit_length,
 )
@@ -135,7 +135,7 @@ def test_scores_equal_official_code(n_clusters):
     clusters = expected["input_train_cluster_of_each_row"] * (n_clusters > 1)
     gaussians = fit_gaussians(train, clusters, "pinv")
     for part in ("test", "outlier"):
-        scores[part] = nearest_distance(standardize(expected[f"input_{part}_features"], **scale), **gaussians)
+        scores[part] = distances(standardize(expected[f"input_{part}_features"], **scale), **gaussians)
         suffix = f"{n_clusters}cluster{'s' * (n_clusters > 1)}"
         np.testing.assert_allclose(scores[part], expected[f"output_score_{part}_{suffix}"], rtol=1e-3)
     both, targets = np.concatenate(list(scores.values())), [0] * 20 + [1] * 17
@@ -155,7 +155,7 @@ def test_ssdk_scores_equal_official_code(name):
     inside, outside = gaussian("train"), gaussian("known_outlier")
     for part in ("test", "outlier"):
         features = standardize(expected[f"input_{part}_features"], **scale)
-        scores = nearest_distance(features, **inside) - nearest_distance(features, **outside)
+        scores = distances(features, **inside) - distances(features, **outside)
         np.testing.assert_allclose(scores, expected[f"output_score_{part}_ssdk"], rtol=1e-3, atol=1e-3)
 
 
@@ -165,6 +165,6 @@ def test_shrunk_covariance_equals_official_code():
     gaussian = fit_gaussians(train, np.zeros(len(train)), "ledoit_wolf")
     covariance = expected["output_ledoit_wolf_covariance_of_raw_train_features"]
     np.testing.assert_allclose(np.linalg.inv(gaussian["precisions"][0]), covariance, rtol=1e-3, atol=1e-5)
-    scores = nearest_distance(expected["input_test_features"].astype(np.float64), **gaussian)
+    scores = distances(expected["input_test_features"].astype(np.float64), **gaussian)
     key = "output_score_test_one_ledoit_wolf_without_normalisation"
     np.testing.assert_allclose(scores, expected[key], rtol=1e-3, atol=1e-3)

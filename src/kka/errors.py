@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 
 BAD_INPUT = 2  # exit code for input that only the user can mend
+SKIPPED = 3  # for a result without some of the input
 INTERRUPTED = 130  # the shell's code for Ctrl-C
 
 
@@ -16,15 +17,15 @@ class TrainingError(Exception):
     """A run that cannot give a meaningful number (NaN loss, collapsed scores); the message says why."""
 
 
-def run_script(main: Callable[[], None]) -> None:
+def run_script(main: Callable[[], None], again: str = "the same command continues where it stopped") -> None:
     """Run a script's `main` and turn expected failures into one sentence and an exit code.
 
-    Bad input exits with 2, Ctrl-C with 130, a failed training or a full disk with 1.
+    Bad input exits with 2, Ctrl-C with 130 (`again` says what then), a failed training or a full disk with 1.
     """
     try:
         main()
     except (Exception, KeyboardInterrupt) as error:
-        explained = _explain(error)
+        explained = _explain(error, again)
         if explained is None:
             raise
         sentence, code = explained
@@ -32,10 +33,10 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(code)
 
 
-def _explain(error: BaseException) -> tuple[str, int] | None:
+def _explain(error: BaseException, again: str) -> tuple[str, int] | None:
     """A sentence and an exit code for an expected failure."""
     if _is_interrupt(error):
-        return "interrupted; the same command continues where it stopped", INTERRUPTED
+        return f"interrupted; {again}", INTERRUPTED
     if isinstance(error, UserError):
         return f"error: {error}", BAD_INPUT
     if isinstance(error, TrainingError):

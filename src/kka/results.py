@@ -16,6 +16,7 @@ from kka.files import write_bytes, write_json
 from kka.metrics import aupr, auroc
 
 MODEL, MODEL_CARD = "model.safetensors", "model.json"
+MODEL_VERSION = 1  # of what these two mean; a model without a version is of the first
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ def save_model(folder: Path, state: dict[str, Tensor], card: dict[str, Any]) -> 
     weights = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     write_bytes(folder / MODEL, safetensors.torch.save(weights))
     normalization = {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
-    write_json(folder / MODEL_CARD, {**card, "normalization": normalization}, indent=2)
+    card = {"version": MODEL_VERSION, **card, "normalization": normalization}
+    write_json(folder / MODEL_CARD, card, indent=2)
 
 
 def digest_weights(state: dict[str, Tensor]) -> str:
@@ -92,16 +94,14 @@ def digest_weights(state: dict[str, Tensor]) -> str:
     return hashlib.sha256(safetensors.torch.save(state)).hexdigest()[:12]
 
 
-def load_weights(path: Path) -> dict[str, Tensor]:
+def load_weights(path: Path, flag: str = "--load_model: ") -> dict[str, Tensor]:
     """Weights and centre from a run folder, a model.safetensors or an official model.tar.
 
     Raises UserError if there is no model or it is damaged; never unpickles foreign objects.
     """
     path = path / MODEL if path.is_dir() else path
     if not path.is_file():
-        raise UserError(
-            f"--load_model: {path} does not exist; give a run folder, model.safetensors or model.tar"
-        )
+        raise UserError(f"{flag}{path} does not exist; give a run folder, model.safetensors or model.tar")
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load(path.read_bytes())
@@ -109,6 +109,4 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         weights = {f"net.{key}": value for key, value in official["net_dict"].items()}
         return {**weights, "center": torch.tensor(official["c"])}
     except Exception as error:  # the two libraries raise many kinds for a damaged file
-        raise UserError(
-            f"--load_model: {path} holds no model of this project ({type(error).__name__})"
-        ) from None
+        raise UserError(f"{flag}{path} holds no model of this project ({type(error).__name__})") from None

@@ -236,7 +236,7 @@ def load_detector(run: Path, device: torch.device) -> Detector:
     card = read_json(run / MODEL_CARD)
     settings = make_settings(DETECTORS[card["detector"]][0], card["settings"])
     detector = build_detector(settings, device=device)
-    detector.load_state_dict(load_weights(run))
+    detector.load_state_dict(load_weights(run, flag=""))
     return detector
 
 

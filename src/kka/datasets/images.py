@@ -157,14 +157,14 @@ def _decode_all(
 
     def decode_one(i: int) -> None:
         try:
-            picture = _read_like(paths[i], like[i])
+            picture = read_like(paths[i], like[i])
         except UserError:
             if not skip_bad:
                 raise
             good[i] = False
             return
         native_sizes[i] = torch.tensor([picture.height, picture.width])
-        resized[i] = _pixels(picture.resize((size, size), Image.Resampling.BILINEAR))
+        resized[i] = test_view(picture, size)
         if side:
             images[i] = _pixels(picture.resize((side, side), Image.Resampling.LANCZOS))
 
@@ -174,13 +174,18 @@ def _decode_all(
     return Decoded(images[good], native_sizes[good], resized[good], good)
 
 
-def _read_like(path: Path, native: Native | None) -> Image.Image:
+def read_like(path: Path, native: Native | None) -> Image.Image:
     """An image file as RGB, made like `native` if there is one."""
     picture = read_image(path)
     if native is None:
         return picture
     with _open(path) as file:
         return native.apply(picture, native_of(file))
+
+
+def test_view(picture: Image.Image, size: int) -> Tensor:
+    """The test transform's Resize((size, size)) of an RGB picture, (3, size, size) uint8."""
+    return _pixels(picture.resize((size, size), Image.Resampling.BILINEAR))
 
 
 def _pixels(picture: Image.Image) -> Tensor:

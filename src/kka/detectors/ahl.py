@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 from torch.func import functional_call
 from torch.optim.lr_scheduler import StepLR
 
@@ -166,6 +166,10 @@ class AHL:
     def score(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) uint8 -> (N,), on the CPU."""
         return self.base.score(images)
+
+    def scorer(self) -> nn.Module:
+        """(N, 3, S, S) uint8 -> (N,), as one module."""
+        return self.base.scorer()
 
     def embed(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) uint8 -> (N, C) mean of the features at full size, on the CPU."""

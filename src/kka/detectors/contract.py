@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from kka.journal import Journal
 from kka.train_set import TrainSet
@@ -30,6 +30,9 @@ class Detector(Protocol):
 
     def score(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) uint8, S = image_size -> (N,) on the CPU, higher = more anomalous."""
+
+    def scorer(self) -> nn.Module:
+        """What `score` does to a batch, as one module: (N, 3, S, S) uint8 -> (N,); it can be exported."""
 
     def embed(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) uint8 -> (N, D) features of whole images for Eq. (1)-(2), on the CPU."""

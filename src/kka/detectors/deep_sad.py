@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import MultiStepLR
 
 from kka.augment import augment, luma, normalize, to_unit
 from kka.detectors.contract import Evaluate
-from kka.detectors.parts import gradient_step
+from kka.detectors.parts import gradient_step, score_images
 from kka.errors import UserError
 from kka.journal import Journal, Stateful
 from kka.networks.backbones import BackboneSettings, PooledBackbone, check_backbone
@@ -135,6 +135,27 @@ class Hypersphere(nn.Module):
         return (self.net(x) - self.center).square().sum(1)
 
 
+class ImageDistance(nn.Module):
+    """The same on images as they are, (N, 3, H, W) uint8 -> (N,)."""
+
+    def __init__(self, model: Hypersphere) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(normalize(unit_images(images, self.model.net.channels)))
+
+
+def unit_images(images: Tensor, channels: int) -> Tensor:
+    """uint8 -> float in [0, 1], channels last in memory; 1 channel is the brightness."""
+    return shown(to_unit(images), channels).contiguous(memory_format=torch.channels_last)
+
+
+def shown(images: Tensor, channels: int) -> Tensor:
+    """(N, 3, H, W) -> what a network of 1 or 3 channels sees."""
+    return luma(images) if channels == 1 else images
+
+
 class DeepSAD:
     """Deep SAD on images; the same class with and without generated anomalies."""
 
@@ -239,12 +260,13 @@ class DeepSAD:
         outputs = [self.model.net(normalize(self._unit(part))) for part in chosen.split(self.score_batch)]
         return move_from_zero(torch.cat(outputs).mean(0))
 
-    @torch.no_grad()
     def score(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) uint8 at the network's size -> (N,) squared distance to the centre, on the CPU."""
-        self.model.eval()
-        parts = [self.model(normalize(self._unit(part))) for part in images.split(self.score_batch)]
-        return torch.cat(parts).cpu()
+        return score_images(self.scorer(), images, self.device, self.score_batch)
+
+    def scorer(self) -> nn.Module:
+        """(N, 3, H, W) uint8 -> (N,) squared distance to the centre, as one module."""
+        return ImageDistance(self.model)
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
@@ -281,7 +303,7 @@ class DeepSAD:
         order = torch.randperm(len(train), generator=stream)[: self._epoch_size(train, size)]
         for batch in order.split(size):
             images = augment(train.images[batch], train.native_sizes[batch], self.image_size, stream)
-            yield batch, self._shown(images)
+            yield batch, shown(images, self.model.net.channels)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16")
@@ -304,11 +326,7 @@ class DeepSAD:
             )
 
     def _unit(self, images: Tensor) -> Tensor:
-        unit = self._shown(to_unit(images.to(self.device)))
-        return unit.contiguous(memory_format=torch.channels_last)
-
-    def _shown(self, images: Tensor) -> Tensor:
-        return luma(images) if self.model.net.channels == 1 else images
+        return unit_images(images.to(self.device), self.model.net.channels)
 
 
 def _channels_last(module: M) -> M:

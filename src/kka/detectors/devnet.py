@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 from torch.optim.lr_scheduler import StepLR
 
 from kka.augment import to_unit
@@ -27,7 +27,7 @@ from kka.detectors.deviation import (
     find_groups,
     rotate,
 )
-from kka.detectors.parts import cycled, gradient_step, in_batches
+from kka.detectors.parts import cycled, gradient_step, in_batches, score_images
 from kka.errors import UserError
 from kka.journal import Journal, Stateful
 from kka.networks.backbones import Backbone, BackboneSettings
@@ -153,8 +153,11 @@ class DevNet:
 
     def score(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) uint8 -> (N,), on the CPU."""
-        self.model.eval()
-        return in_batches(lambda part: self.model(part.to(self.device)).cpu(), images, FEATURE_BATCH)
+        return score_images(self.scorer(), images, self.device, FEATURE_BATCH)
+
+    def scorer(self) -> nn.Module:
+        """(N, 3, S, S) uint8 -> (N,), as one module."""
+        return self.model
 
     def embed(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) uint8 -> (N, C) mean of the features at full size, on the CPU."""

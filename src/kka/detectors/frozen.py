@@ -3,6 +3,7 @@
 Not in the paper; it tells what today's plain way reaches. Pooled features of a backbone, scaled to length 1.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,11 +11,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
-from sklearn.neighbors import NearestNeighbors
-from torch import Tensor
+from torch import Tensor, nn
 
 from kka.detectors.contract import Evaluate
-from kka.detectors.parts import in_batches, split_labels
+from kka.detectors.parts import in_batches, score_images, split_labels
 from kka.errors import UserError
 from kka.journal import Journal
 from kka.networks.backbones import Backbone, BackboneSettings
@@ -44,14 +44,32 @@ def check_settings(settings: FrozenSettings) -> None:
             raise UserError(f"--{name} must be above 0, it is {getattr(settings, name)}")
 
 
-def neighbour_distance(bank: np.ndarray, queries: np.ndarray, k: int) -> np.ndarray:
+def neighbour_distance(bank: Tensor, queries: Tensor, k: int) -> Tensor:
     """Mean distance to the k nearest features of the bank. (M, D), (N, D) -> (N,).
 
     An image that is in the bank itself is judged by the others, or all training images would seem normal.
     """
     k = min(k, len(bank) - 1) or 1
-    found = NearestNeighbors(n_neighbors=min(k + 1, len(bank))).fit(bank).kneighbors(queries)[0]
-    return np.where(found[:, :1] < SAME, found[:, -k:], found[:, :k]).mean(1)
+    squares = (queries**2).sum(1)[:, None] + (bank**2).sum(1) - 2 * queries @ bank.T
+    found = squares.clamp(min=0).sqrt().topk(min(k + 1, len(bank)), largest=False).values
+    return torch.where(found[:, :1] < SAME, found[:, -k:], found[:, :k]).mean(1)
+
+
+def score_features(features: Tensor, kept: Mapping[str, Tensor], k: int) -> Tensor:
+    """(N, D) features, what is kept of the training images -> (N,), by the head that was fitted."""
+    if "weight" in kept:
+        return features @ kept["weight"] + kept["bias"]
+    queries = features.double()
+    scores = neighbour_distance(kept["normals"].double(), queries, k)
+    if "anomalies" in kept:
+        scores = scores - neighbour_distance(kept["anomalies"].double(), queries, k)
+    return scores.float()
+
+
+def pooled_features(backbone: nn.Module, images: Tensor) -> Tensor:
+    """(N, 3, S, S) uint8 -> (N, D) of length 1, the means of all layers."""
+    means = [layer if layer.dim() == 2 else spatial_mean(layer) for layer in backbone(images)]
+    return F.normalize(torch.cat(means, 1))
 
 
 class Memory:
@@ -67,6 +85,20 @@ class Memory:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Replace all tensors."""
         self.tensors = dict(state)
+
+
+class FeatureScorer(nn.Module):
+    """Backbone and head. (N, 3, S, S) uint8 -> (N,)."""
+
+    def __init__(self, backbone: nn.Module, kept: Mapping[str, Tensor], k: int) -> None:
+        super().__init__()
+        self.backbone, self.k = backbone, k
+        for name, value in kept.items():
+            self.register_buffer(name, value)
+
+    def forward(self, images: Tensor) -> Tensor:
+        kept = dict(self.named_buffers(recurse=False))
+        return score_features(pooled_features(self.backbone, images), kept, self.k)
 
 
 class Frozen:
@@ -100,32 +132,22 @@ class Frozen:
                 if s.head == "logistic":
                     kept |= fit_logistic(kept["normals"], kept["anomalies"], s.logistic_c)
             self.memory.load_state_dict(kept)
-            journal.record("train", epoch, loss=float(self._score_features(kept["normals"]).mean()))
+            scores = score_features(kept["normals"], kept, s.n_neighbors)
+            journal.record("train", epoch, loss=float(scores.mean()))
 
     def score(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) uint8 -> (N,), on the CPU."""
-        return self._score_features(self.embed(images))
+        return score_images(self.scorer(), images, self.device, FEATURE_BATCH)
 
-    @torch.no_grad()
+    def scorer(self) -> nn.Module:
+        """(N, 3, S, S) uint8 -> (N,), as one module."""
+        return FeatureScorer(self.backbone, self.memory.tensors, self.settings.n_neighbors).to(self.device)
+
     def embed(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) uint8 -> (N, D) features of length 1, on the CPU."""
-
-        def pooled(part: Tensor) -> Tensor:
-            layers = self.backbone(part.to(self.device))
-            means = [layer if layer.dim() == 2 else spatial_mean(layer) for layer in layers]
-            return F.normalize(torch.cat(means, 1)).cpu()
-
-        return in_batches(pooled, images, FEATURE_BATCH)
-
-    def _score_features(self, features: Tensor) -> Tensor:
-        kept, k = self.memory.tensors, self.settings.n_neighbors
-        if "weight" in kept:
-            return features @ kept["weight"] + kept["bias"]
-        queries = features.double().numpy()
-        scores = neighbour_distance(kept["normals"].double().numpy(), queries, k)
-        if "anomalies" in kept:
-            scores = scores - neighbour_distance(kept["anomalies"].double().numpy(), queries, k)
-        return torch.from_numpy(scores).float()
+        return in_batches(
+            lambda part: pooled_features(self.backbone, part.to(self.device)).cpu(), images, FEATURE_BATCH
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Weights of the backbone, and what is kept of the training images."""

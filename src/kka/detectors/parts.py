@@ -3,9 +3,10 @@
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
-from scipy.ndimage import gaussian_filter
-from torch import Generator, Tensor
+from scipy.ndimage import gaussian_filter1d
+from torch import Generator, Tensor, nn
 
 from kka.errors import TrainingError, UserError
 from kka.train_set import TrainSet
@@ -64,6 +65,18 @@ def in_batches(function: Callable[[Tensor], Tensor], images: Tensor, size: int) 
     return torch.cat([function(part) for part in images.split(size)])
 
 
+def score_images(scorer: nn.Module, images: Tensor, device: torch.device, size: int) -> Tensor:
+    """(N, 3, S, S) uint8 -> (N,) scores on the CPU, `size` images at a time."""
+    scorer.eval()
+    return in_batches(lambda part: scorer(part.to(device)).cpu(), images, size)
+
+
 def smooth(maps: Tensor, sigma: float = 4.0) -> Tensor:
-    """Gaussian filter of each map. (N, H, W) -> the same, on the CPU."""
-    return torch.from_numpy(gaussian_filter(maps.cpu().numpy(), sigma, axes=(1, 2)))
+    """Gaussian filter of each map, as scipy's gaussian_filter. (N, H, W) -> the same."""
+    rows, columns = (smoothing(side, sigma).to(maps) for side in maps.shape[1:])
+    return rows @ maps @ columns.T
+
+
+def smoothing(side: int, sigma: float) -> Tensor:
+    """The filter of one axis as a matrix, (side, side): it is linear, borders included."""
+    return torch.tensor(gaussian_filter1d(np.eye(side), sigma, axis=0))

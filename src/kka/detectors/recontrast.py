@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kka.detectors.contract import Evaluate
-from kka.detectors.parts import cycled, gradient_step, in_batches, smooth, split_labels
+from kka.detectors.parts import cycled, gradient_step, in_batches, score_images, smooth, split_labels
 from kka.errors import UserError
 from kka.journal import Journal, Stateful
 from kka.networks.backbones import Backbone, BackboneSettings
@@ -171,7 +171,7 @@ class ContrastiveReconstruction(nn.Module):
         trained, frozen = self.encoder(images), self.frozen(images)
         code = self.bottleneck([torch.cat(pair) for pair in zip(trained, frozen, strict=True)])
         first, second = self.decoder(code, self.sizes)
-        n = len(images)
+        n = images.shape[0]  # len() would be a constant in an exported graph
         rebuilt = [level[:n] for level in first] + [level[n:] for level in second]
         return [(t.float(), o.float()) for t, o in zip(frozen + trained, rebuilt, strict=True)]
 
@@ -181,6 +181,21 @@ class ContrastiveReconstruction(nn.Module):
         self.encoder.train(mode and self.encoder_bn == "train")
         self.frozen.eval()
         return self
+
+
+class MapScorer(nn.Module):
+    """Smooth anomaly maps and what an image scores by them. (N, 3, S, S) uint8 -> (N,)."""
+
+    def __init__(self, model: ContrastiveReconstruction, size: int, kind: str) -> None:
+        super().__init__()
+        self.model, self.size, self.kind = model, (size, size), kind
+
+    def maps(self, images: Tensor) -> Tensor:
+        """(N, 3, S, S) uint8 -> (N, S, S)."""
+        return smooth(sum_maps(self.model(images), self.size))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return image_scores(self.maps(images), self.kind)
 
 
 class ReContrast:
@@ -246,17 +261,16 @@ class ReContrast:
 
     def score(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) uint8 -> (N,) image scores from the anomaly maps, on the CPU."""
-        return in_batches(
-            lambda part: image_scores(self.maps(part), self.settings.image_score), images, SCORE_BATCH
-        )
+        return score_images(self.scorer(), images, self.device, SCORE_BATCH)
+
+    def scorer(self) -> MapScorer:
+        """(N, 3, S, S) uint8 -> (N,), as one module."""
+        return MapScorer(self.model, self.image_size, self.settings.image_score)
 
     def maps(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) uint8 -> (N, S, S) smooth anomaly maps, on the CPU."""
-        self.model.eval()
-        size = (self.image_size, self.image_size)
-        return in_batches(
-            lambda part: smooth(sum_maps(self.model(part.to(self.device)), size)), images, SCORE_BATCH
-        )
+        scorer = self.scorer().eval()
+        return in_batches(lambda part: scorer.maps(part.to(self.device)).cpu(), images, SCORE_BATCH)
 
     def embed(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) uint8 -> (N, C) mean of the trained encoder's deepest features, on the CPU."""

@@ -16,7 +16,7 @@ from torch import Generator, Tensor, nn
 
 from kka.augment import augment
 from kka.detectors.contract import Evaluate
-from kka.detectors.parts import cycled, gradient_step, in_batches, smooth, split_labels
+from kka.detectors.parts import cycled, gradient_step, in_batches, score_images, smooth, split_labels
 from kka.errors import UserError
 from kka.journal import Journal, Stateful
 from kka.networks.backbones import Backbone, BackboneSettings
@@ -140,7 +140,7 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, settings: SimpleNetSettings, seed: int) -> None:
         super().__init__()
-        s = settings
+        self.settings = s = settings
         self.backbone = Backbone(s, s.image_size, STRIDES, seed)
         self.backbone.check_maps()
         self.register_buffer("feature_scale", torch.ones(()))
@@ -148,6 +148,17 @@ class PatchDiscriminator(nn.Module):
             self.adaptor = nn.Linear(s.target_embed_dimension, s.target_embed_dimension)
             self.discriminator = make_discriminator(s.target_embed_dimension, s.dsc_hidden)
             nn.init.xavier_normal_(self.adaptor.weight)
+
+    def patches(self, images: Tensor) -> Tensor:
+        """(N, 3, S, S) -> (N, L, D) patch features, not adapted."""
+        s, layers = self.settings, self.backbone(images)
+        patches = embed_patches(layers, s.patchsize, s.pretrain_embed_dimension, s.target_embed_dimension)
+        return self.feature_scale * patches.flatten(2).transpose(1, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, 3, S, S) -> (N, h, w), -D(q) of each patch."""
+        adapted = self.adaptor(self.patches(images))
+        return -self.discriminator(adapted.flatten(0, 1)).view(-1, *self.grid)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -161,6 +172,17 @@ def make_discriminator(dim: int, hidden: int) -> nn.Sequential:
     for layer in (first, last):
         nn.init.xavier_normal_(layer.weight)
     return nn.Sequential(first, nn.BatchNorm1d(hidden), nn.LeakyReLU(0.2), last)
+
+
+class WorstPatch(nn.Module):
+    """The score of the most anomalous patch. (N, 3, S, S) uint8 -> (N,)."""
+
+    def __init__(self, model: PatchDiscriminator) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images).flatten(1).amax(1)
 
 
 class SimpleNet:
@@ -212,9 +234,11 @@ class SimpleNet:
 
     def score(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) uint8 -> (N,) score of the most anomalous patch, on the CPU."""
-        return in_batches(
-            lambda part: self.patch_scores(part).flatten(1).amax(1).cpu(), images, FEATURE_BATCH
-        )
+        return score_images(self.scorer(), images, self.device, FEATURE_BATCH)
+
+    def scorer(self) -> nn.Module:
+        """(N, 3, S, S) uint8 -> (N,), as one module."""
+        return WorstPatch(self.model)
 
     def maps(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) uint8 -> (N, S, S) anomaly maps, on the CPU."""
@@ -228,9 +252,7 @@ class SimpleNet:
     @torch.no_grad()
     def patch_scores(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) uint8 -> (N, h, w), -D(q) of each patch."""
-        self.model.eval()
-        adapted = self.model.adaptor(self._patches(images))
-        return -self.model.discriminator(adapted.flatten(0, 1)).view(-1, *self.model.grid)
+        return self.model.eval()(images.to(self.device))
 
     def state_dict(self) -> dict[str, Any]:
         """Weights of backbone, adaptor and discriminator."""
@@ -298,15 +320,13 @@ class SimpleNet:
     @torch.no_grad()
     def _patches(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) -> (N, L, D) patch features."""
-        s = self.settings
-        layers = self.model.backbone(images.to(self.device))
-        patches = embed_patches(layers, s.patchsize, s.pretrain_embed_dimension, s.target_embed_dimension)
-        return self.model.feature_scale * patches.flatten(2).transpose(1, 2)
+        return self.model.patches(images.to(self.device))
 
 
 def enlarge(patch_scores: Tensor, size: tuple[int, int]) -> Tensor:
     """(N, h, w) -> (N, H, W) smooth maps, on the CPU."""
-    return smooth(F.interpolate(patch_scores[:, None], size, mode="bilinear", align_corners=False)[:, 0])
+    large = F.interpolate(patch_scores[:, None], size, mode="bilinear", align_corners=False)
+    return smooth(large[:, 0]).cpu()
 
 
 def draw_noise(patches: Tensor, std: float, levels: int, stream: Generator) -> Tensor:

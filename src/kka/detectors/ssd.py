@@ -9,19 +9,19 @@ import logging
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import scipy.linalg
 import torch
 from sklearn.cluster import KMeans
 from sklearn.covariance import empirical_covariance, ledoit_wolf
-from torch import Tensor
+from torch import Tensor, nn
 
 from kka.augment import augment, normalize, to_unit
 from kka.detectors.contract import Evaluate
 from kka.detectors.deep_sad import SCORE_BATCH
-from kka.detectors.parts import gradient_step
+from kka.detectors.parts import gradient_step, score_images
 from kka.errors import UserError
 from kka.journal import Journal, Stateful
 from kka.networks.resnet import ENCODERS, ProjectedEncoder
@@ -33,6 +33,7 @@ BASE_TEMPERATURE = 0.07  # scales the loss and its gradient by temperature / 0.0
 FINAL_LR = 1e-4
 LR_BATCH = 512  # the batch for which lr 0.5 was chosen
 TINY = 1e-10  # in the divisions of the official code
+A = TypeVar("A", np.ndarray, Tensor)
 COVARIANCES = {"ledoit_wolf": lambda x: ledoit_wolf(x)[0], "pinv": empirical_covariance}
 
 
@@ -115,12 +116,12 @@ def learning_rate(step: int, n_warmup: int, n_steps: int, low: float, high: floa
     return final + (high - final) * (1 + math.cos(math.pi * share)) / 2
 
 
-def to_unit_length(features: np.ndarray) -> np.ndarray:
+def to_unit_length(features: A) -> A:
     """(N, D) -> rows of length 1."""
-    return features / (np.linalg.norm(features, axis=1, keepdims=True) + TINY)
+    return features / ((features * features).sum(1)[:, None] ** 0.5 + TINY)
 
 
-def standardize(features: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+def standardize(features: A, mean: A, std: A) -> A:
     """(N, D) features of any length -> of unit length, less the normals' mean, over their deviation."""
     return (to_unit_length(features) - mean) / (std + TINY)
 
@@ -134,10 +135,11 @@ def fit_gaussians(features: np.ndarray, clusters: np.ndarray, covariance: str) -
 
 
 # KKA Eq. (1), and its minimum over the clusters
-def nearest_distance(features: np.ndarray, means: np.ndarray, precisions: np.ndarray) -> np.ndarray:
+def nearest_distance(features: Tensor, means: Tensor, precisions: Tensor) -> Tensor:
     """Squared Mahalanobis distance to the nearest of K clusters. (N, D), (K, D), (K, D, D) -> (N,)."""
     centred = [features - mean for mean in means]
-    return np.min([((x @ p) * x).sum(1) for x, p in zip(centred, precisions, strict=True)], axis=0)
+    distances = [((x @ p) * x).sum(1) for x, p in zip(centred, precisions, strict=True)]
+    return torch.stack(distances).amin(0)
 
 
 def find_clusters(features: np.ndarray, n_clusters: int, seed: int) -> np.ndarray:
@@ -149,6 +151,28 @@ def find_clusters(features: np.ndarray, n_clusters: int, seed: int) -> np.ndarra
     if n < n_clusters:
         log.warning("%d clusters of normals instead of %d, as one of these had a single image", n, n_clusters)
     return labels
+
+
+class GaussianDistance(nn.Module):
+    """Distance to the normals, less that to known anomalies. (N, 3, 32, 32) uint8 -> (N,).
+
+    `statistics` are those of SSD; everything behind the encoder is in double precision.
+    """
+
+    def __init__(self, encoder: nn.Module, statistics: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.encoder, self.has_known = encoder, "known_means" in statistics
+        for name, value in statistics.items():
+            self.register_buffer(name, value)
+
+    def forward(self, images: Tensor) -> Tensor:
+        s = dict(self.named_buffers(recurse=False))
+        inputs = normalize(to_unit(images)).contiguous(memory_format=torch.channels_last)
+        features = standardize(self.encoder(inputs).double(), s["mean"], s["std"])
+        scores = nearest_distance(features, s["means"], s["precisions"])
+        if self.has_known:
+            scores = scores - nearest_distance(features, s["known_means"], s["known_precisions"])
+        return scores.float()
 
 
 class SSD:
@@ -236,12 +260,12 @@ class SSD:
 
     def score(self, images: Tensor) -> Tensor:
         """(N, 3, 32, 32) uint8 -> (N,) distance to the normals, less that to known anomalies, on the CPU."""
-        s = self.statistics
-        features = standardize(self._features(images), s["mean"], s["std"])
-        scores = nearest_distance(features, s["means"], s["precisions"])
-        if "known_means" in s:
-            scores = scores - nearest_distance(features, s["known_means"], s["known_precisions"])
-        return torch.from_numpy(scores).float()
+        return score_images(self.scorer(), images, self.device, SCORE_BATCH)
+
+    def scorer(self) -> nn.Module:
+        """(N, 3, 32, 32) uint8 -> (N,), as one module."""
+        statistics = {name: torch.from_numpy(value) for name, value in self.statistics.items()}
+        return GaussianDistance(self.model.encoder, statistics).to(self.device)
 
     def embed(self, images: Tensor) -> Tensor:
         """(N, 3, 32, 32) uint8 -> (N, D) features of the encoder, on the CPU."""
