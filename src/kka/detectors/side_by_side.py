@@ -40,7 +40,7 @@ def side_by_side(models: Sequence[nn.Module]) -> Any:
         owner, _, key = name.rpartition(".")
         layer = joined.get_submodule(owner)
         is_weight = isinstance(getattr(layer, key), nn.Parameter)
-        setattr(layer, key, nn.Parameter(value) if is_weight else value)
+        setattr(layer, key, nn.Parameter(value) if is_weight else value.clone())
     return joined.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
