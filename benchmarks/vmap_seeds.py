@@ -4,8 +4,8 @@
     python benchmarks/vmap_seeds.py --oxford DIR --device cuda
 
 Single and joint epochs take turns, so that a change of the clock or a job beside hits all alike; a whole run
-is their median times the epochs of both phases. CPU seconds are hardly touched by other jobs. Start-up, decoding and the test are left out: they are the
-same for both.
+is their median times the epochs of both phases. CPU seconds are hardly touched by other jobs. Start-up,
+decoding and the test are left out: they are the same for both.
 """
 
 import logging

@@ -32,6 +32,14 @@ class Stateful(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> Any: ...
 
 
+class Tracks(Protocol):
+    """Shows the rows elsewhere (tracking.py)."""
+
+    def follow(self, rows: Sequence[Mapping[str, Any]]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class Journal:
     """Epoch by epoch record of one training; without a folder it lives in memory only.
 
@@ -39,10 +47,17 @@ class Journal:
         folder: gets `metrics.jsonl`, `checkpoint.pt` and `checkpoint.previous.pt`.
         every: seconds between two checkpoints; 0 writes one after each epoch.
         fingerprint: identifies settings and data; a checkpoint of another one is refused.
+        tracker: is shown all rows after each new one.
     """
 
-    def __init__(self, folder: Path | None = None, every: float = 10, fingerprint: str = "") -> None:
-        self.folder, self.every, self.fingerprint = folder, every, fingerprint
+    def __init__(
+        self,
+        folder: Path | None = None,
+        every: float = 10,
+        fingerprint: str = "",
+        tracker: Tracks | None = None,
+    ) -> None:
+        self.folder, self.every, self.fingerprint, self.tracker = folder, every, fingerprint, tracker
         self.rows: list[dict[str, Any]] = []
         """one for each epoch of each phase, as in metrics.jsonl"""
         self.facts: dict[str, Any] = {}
@@ -73,6 +88,14 @@ class Journal:
         if self.folder is not None:
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+        if self.tracker is not None:
+            self.tracker.follow(self.rows)
+
+    def close(self) -> None:
+        """The training is over; what a tracker has not been shown, because of a kill, it is shown now."""
+        if self.tracker is not None:
+            self.tracker.follow(self.rows)
+            self.tracker.close()
 
     def series(self, phase: str, key: str) -> list[Any]:
         """The recorded values of one key, epoch by epoch, where there are any."""

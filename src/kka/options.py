@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from kka.errors import UserError
 from kka.settings import option
+from kka.tracking import HELP as REPORT_TO
+from kka.tracking import check_report_to
 
 
 @dataclass(frozen=True)
@@ -73,17 +75,19 @@ class ExperimentSettings:
     bgr: bool = option(False, "swap red and blue, as the official code")
     skip_bad_images: bool = option(False, "leave unreadable images out and count them, instead of stopping")
     checkpoint_every: float = option(10.0, "seconds between two checkpoints")
+    report_to: tuple[str, ...] = option((), REPORT_TO)
 
 
 # Settings that change where or how fast a run is made, or that its identity holds by content.
 PLACE = frozenset({
     "data_path", "xp_path", "name", "overwrite", "load_config", "load_model", "runs", "vmap_seeds", "device",
-    "strict_device", "num_threads", "n_jobs_dataloader", "anomaly_path", "user_dict", "checkpoint_every",
+    "strict_device", "num_threads", "n_jobs_dataloader", "anomaly_path", "user_dict", "checkpoint_every", "report_to",
 })  # fmt: skip
 
 
 def check_options(settings: ExperimentSettings) -> None:
     """Raises UserError naming the flag of the first value that makes no sense."""
+    check_report_to(settings.report_to)
     if settings.runs < 1:
         raise UserError(f"--runs must be at least 1, it is {settings.runs}")
     if settings.vmap_seeds < 1:

@@ -42,6 +42,7 @@ from kka.runs import LOG, RESULTS, ROOT, claim, fingerprint, locked, write_confi
 from kka.seeds import derive_seed, generator
 from kka.settings import make_settings
 from kka.split import easy_anomalies, hard_anomalies, hardness_threshold
+from kka.tracking import Tracker
 from kka.train_set import TrainSet
 
 log = logging.getLogger(__name__)
@@ -192,7 +193,9 @@ class Run:
         return detector
 
     def _journal(self, folder: Path) -> Journal:
-        return Journal(folder, self.settings.checkpoint_every, fingerprint(self.identity))
+        s = self.settings
+        tracker = Tracker(folder, s.report_to, self.identity)
+        return Journal(folder, s.checkpoint_every, fingerprint(self.identity), tracker)
 
     def _announce(self, data: Data, train: TrainSet) -> None:
         semi, task = train.semi_targets, data.task
@@ -274,6 +277,8 @@ def fit(trainings: Sequence[Training]) -> None:
     else:
         (one,) = trainings
         one.detector.fit(one.train, one.journal, one.evaluate)
+    for each in trainings:
+        each.journal.close()
 
 
 def load_detector(run: Path, device: torch.device) -> Detector:
