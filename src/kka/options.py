@@ -81,7 +81,8 @@ class ExperimentSettings:
 # Settings that change where or how fast a run is made, or that its identity holds by content.
 PLACE = frozenset({
     "data_path", "xp_path", "name", "overwrite", "load_config", "load_model", "runs", "vmap_seeds", "device",
-    "strict_device", "num_threads", "n_jobs_dataloader", "anomaly_path", "user_dict", "checkpoint_every", "report_to",
+    "strict_device", "num_threads", "n_jobs_dataloader", "anomaly_path", "user_dict", "checkpoint_every",
+    "report_to",
 })  # fmt: skip
 
 
