@@ -202,7 +202,7 @@ def last_checkpoint(folder: Path, max_steps: int) -> Path | None:
 
 
 def _recorder(path: Path, tracker: Tracker) -> Any:
-    """A callback of the trainer that keeps metrics.jsonl, shows it to the tracker, and stops at the first number that is not finite."""
+    """A callback of the trainer: keeps metrics.jsonl, shows it, stops at a number that is not finite."""
     from transformers import TrainerCallback
 
     class Recorder(TrainerCallback):
