@@ -10,6 +10,7 @@ from test_vmap_seeds import FAST, fitted
 from torch import nn
 from toy import read_json, refused, run_toy
 
+import kka.tracking
 from kka.detectors.deep_sad import DeepSADSettings
 from kka.journal import Journal
 from kka.tracking import EVENTS, Tracker, is_installed
@@ -43,7 +44,8 @@ def metrics(folder):
 
 
 @needs_tensorboard
-def test_tensorboard_by_default_shows_the_metrics(toy_set, tmp_path):
+def test_tensorboard_by_default_shows_the_metrics(toy_set, tmp_path, monkeypatch):
+    monkeypatch.setattr(kka.tracking, "DEFAULT", ("tensorboard",))
     folder = tmp_path / "run"
     outcome = run_toy(toy_set, folder, n_epochs=3, test_every=2, split="crossfit")
     assert outcome.code == 0, outcome.stderr

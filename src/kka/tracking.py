@@ -13,6 +13,7 @@ from kka.errors import UserError
 from kka.runs import fingerprint
 
 TRACKERS = ("none", "tensorboard", "wandb")
+DEFAULT = ("tensorboard",)  # those that are installed
 EVENTS = "events.out.tfevents.*"
 HELP = "none, tensorboard, wandb, or several; not given: tensorboard if it is installed"
 
@@ -38,7 +39,7 @@ class Tracker:
 
     def __init__(self, folder: Path, report_to: Sequence[str], config: Mapping[str, Any]) -> None:
         self.folder, self.config = folder, config
-        self.names = report_to or ("tensorboard",) * is_installed("tensorboard")
+        self.names = report_to or [name for name in DEFAULT if is_installed(name)]
         self.sinks: list[Any] = []
         self.n_written = 0
 
