@@ -29,6 +29,7 @@ from kka.loop_folder import check_loop, default_folder, opened, report_loop
 from kka.pairs import PairSettings
 from kka.preference_trainer import TuneSettings
 from kka.settings import make_settings, take_prefix
+from kka.tracking import check_report_to
 
 PREFIXED: dict[str, type[Any]] = {
     "llm": LanguageModelSettings,
@@ -47,6 +48,8 @@ def main() -> None:
     llm, drawer, tuning, pairs, frozen = (
         make_settings(cls, take_prefix(prefix, flags)) for prefix, cls in PREFIXED.items()
     )
+    check_report_to(settings.report_to)
+    tuning = replace(tuning, report_to=tuning.report_to or settings.report_to)
     spec = get_spec(settings.dataset_name)
     detector = fill_epochs(detector, spec)
     evaluator = frozen if settings.evaluator == "frozen" else None

@@ -12,12 +12,21 @@ from unreliable_drawer import draw
 
 import kka.datasets.sources
 import kka.run
+import kka.tracking
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KKA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_event_files():
+    """Tests of files do not depend on whether tensorboard is installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kka.tracking, "DEFAULT", ())
         yield
 
 

@@ -242,9 +242,9 @@ def test_unknown_network_is_refused():
 
 def test_last_batch_is_kept_unless_it_is_a_single_image_or_unwanted():
     detector = DeepSAD(replace(FAST, batch_size=5))
-    assert detector._epoch_size(toy_train_set(), 5) == 15  # 16 = 3 * 5 + 1
-    assert detector._epoch_size(toy_train_set(n_normal=11), 5) == 17
-    assert DeepSAD(replace(FAST, drop_last=True))._epoch_size(toy_train_set(n_normal=11), 5) == 15
+    assert detector.epoch_size(toy_train_set(), 5) == 15  # 16 = 3 * 5 + 1
+    assert detector.epoch_size(toy_train_set(n_normal=11), 5) == 17
+    assert DeepSAD(replace(FAST, drop_last=True)).epoch_size(toy_train_set(n_normal=11), 5) == 15
 
 
 @pytest.mark.parametrize("train", [toy_train_set(1, 0), toy_train_set(0, 4)])

@@ -6,6 +6,8 @@ of the batch. Cropping and antialiased resizing are two small matrix products pe
 """
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -32,13 +34,47 @@ def augment(images: Tensor, native_sizes: Tensor, size: int, generator: Generato
 
     Returns (N, 3, size, size) float32 in [0, 1].
     """
-    n = len(images)
+    return transform(images, draw(native_sizes, generator), size)
+
+
+class Draws(NamedTuple):
+    """Everything that is random in the train transform of N images."""
+
+    boxes: Tensor
+    """(N, 4) top, left, height, width as fractions"""
+    flips: Tensor
+    """(N,) bool"""
+    jittered: Tensor
+    """(N, 1) bool, whether the colours change"""
+    factors: Tensor
+    """(N, 3) of brightness, contrast, saturation"""
+    shifts: Tensor
+    """(N,) of the hue, as a fraction of the circle"""
+    order: Tensor
+    """(N, 4) the four steps of the colours in their order"""
+    gray: Tensor
+    """(N,) bool"""
+
+
+def draw(native_sizes: Tensor, generator: Generator) -> Draws:
+    """(N, 2) height, width -> what `transform` does to N images."""
+    n = len(native_sizes)
     boxes = random_crops(native_sizes, generator)
     flips = torch.rand(n, generator=generator) < 0.5
-    crops = resize_crops(images, boxes, flips, size)
-    jittered = color_jitter(crops, generator)
-    gray = (torch.rand(n, generator=generator) < 0.2).to(images.device)
-    return torch.where(gray[:, None, None, None], luma(jittered), jittered)
+    jitter = draw_jitter(n, generator)
+    return Draws(boxes, flips, *jitter, torch.rand(n, generator=generator) < 0.2)
+
+
+def join(draws: Sequence[Draws]) -> Draws:
+    """Those of several batches, one behind the other."""
+    return Draws(*map(torch.cat, zip(*draws, strict=True)))
+
+
+def transform(images: Tensor, draws: Draws, size: int) -> Tensor:
+    """Crop, flip, change colours as drawn: (N, 3, S, S) uint8 -> (N, 3, size, size) float32 in [0, 1]."""
+    crops = resize_crops(images, draws.boxes, draws.flips, size)
+    colored = color_jitter(crops, draws.jittered, draws.factors, draws.shifts, draws.order)
+    return torch.where(draws.gray.to(images.device)[:, None, None, None], luma(colored), colored)
 
 
 def random_crops(native_sizes: Tensor, generator: Generator, attempts: int = 10) -> Tensor:
@@ -98,17 +134,19 @@ def interpolation_matrix(start: Tensor, length: Tensor, side: int, size: int) ->
     return weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)
 
 
-def color_jitter(images: Tensor, generator: Generator) -> Tensor:
-    """RandomApply(ColorJitter(0.4, 0.4, 0.4, 0.1), p=0.8), its four steps ordered at random per image.
-
-    (N, 3, H, W) float in [0, 1] -> the same.
-    """
-    n, device = len(images), images.device
+def draw_jitter(n: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """RandomApply(ColorJitter(0.4, 0.4, 0.4, 0.1), p=0.8): whether, factors, shifts, order, as in `Draws`."""
     applied = torch.rand(n, 1, generator=generator) < 0.8
     factors = 1 + JITTER * (2 * torch.rand(n, 3, generator=generator) - 1)
-    factors = torch.where(applied, factors, 1.0).to(device)
-    shifts = torch.where(applied[:, 0], HUE * (2 * torch.rand(n, generator=generator) - 1), 0.0).to(device)
-    order = torch.rand(n, 4, generator=generator).argsort(1)
+    factors = torch.where(applied, factors, 1.0)
+    shifts = torch.where(applied[:, 0], HUE * (2 * torch.rand(n, generator=generator) - 1), 0.0)
+    return applied, factors, shifts, torch.rand(n, 4, generator=generator).argsort(1)
+
+
+def color_jitter(images: Tensor, applied: Tensor, factors: Tensor, shifts: Tensor, order: Tensor) -> Tensor:
+    """ColorJitter with the values of `draw_jitter`. (N, 3, H, W) float in [0, 1] -> the same."""
+    device = images.device
+    factors, shifts = factors.to(device), shifts.to(device)
     for step in range(4):
         kind = order[:, step]
         images = blend_step(images, kind.to(device), factors)

@@ -15,12 +15,13 @@ from kka.datasets.sources import data_root
 from kka.datasets.task import Choice, Task, parse_user_dict, read_task
 from kka.detectors import build_detector, detector_name
 from kka.detectors.contract import DetectorSettings
+from kka.detectors.deep_sad_together import check_together
 from kka.errors import UserError
 from kka.files import write_json
 from kka.metrics import format_interval, mean_interval
 from kka.options import ExperimentSettings, check_options
 from kka.results import load_weights
-from kka.run import Run
+from kka.run import Run, execute
 from kka.runs import CONFIG
 
 NETWORK_FLAGS = ("net_name", "arch", "backbone")  # of the detectors, for messages
@@ -35,6 +36,9 @@ def run_experiment(settings: ExperimentSettings, detector: DetectorSettings) -> 
     """
     spec = get_spec(settings.dataset_name)
     check_options(settings)
+    if settings.vmap_seeds > 1:
+        check_together(detector)
+        settings = settings if settings.runs > 1 else replace(settings, runs=settings.vmap_seeds)
     detector = fill_epochs(detector, spec)
     weights = load_weights(Path(settings.load_model)) if settings.load_model else None
     check_detector(detector, weights, settings.load_model)
@@ -49,7 +53,8 @@ def run_experiment(settings: ExperimentSettings, detector: DetectorSettings) -> 
         raise UserError(
             f"{runs[0].folder.parent} holds a single run; choose another --xp_path or --name for --runs"
         )
-    results = [run.execute() for run in runs]
+    together = settings.vmap_seeds
+    results = [each for k in range(0, len(runs), together) for each in execute(runs[k : k + together])]
     if settings.runs > 1:
         summarize(runs[0].folder.parent, results)
     return results

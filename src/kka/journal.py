@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,6 +32,14 @@ class Stateful(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> Any: ...
 
 
+class Tracks(Protocol):
+    """Shows the rows elsewhere (tracking.py)."""
+
+    def follow(self, rows: Sequence[Mapping[str, Any]]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class Journal:
     """Epoch by epoch record of one training; without a folder it lives in memory only.
 
@@ -39,10 +47,17 @@ class Journal:
         folder: gets `metrics.jsonl`, `checkpoint.pt` and `checkpoint.previous.pt`.
         every: seconds between two checkpoints; 0 writes one after each epoch.
         fingerprint: identifies settings and data; a checkpoint of another one is refused.
+        tracker: is shown all rows after each new one.
     """
 
-    def __init__(self, folder: Path | None = None, every: float = 10, fingerprint: str = "") -> None:
-        self.folder, self.every, self.fingerprint = folder, every, fingerprint
+    def __init__(
+        self,
+        folder: Path | None = None,
+        every: float = 10,
+        fingerprint: str = "",
+        tracker: Tracks | None = None,
+    ) -> None:
+        self.folder, self.every, self.fingerprint, self.tracker = folder, every, fingerprint, tracker
         self.rows: list[dict[str, Any]] = []
         """one for each epoch of each phase, as in metrics.jsonl"""
         self.facts: dict[str, Any] = {}
@@ -51,8 +66,7 @@ class Journal:
         self._finished: list[str] = []
         self._state: dict[str, Any] | None = None
         self._saved_at = time.monotonic()
-        if folder is not None:
-            self._resume()
+        self._resume()
 
     @property
     def resumed(self) -> bool:
@@ -65,25 +79,7 @@ class Journal:
         The parts get the state of the checkpoint, if it is of this phase. A phase that lies behind the
         checkpoint yields nothing and leaves the parts as they are.
         """
-        start = 0
-        if self._state is not None and self._state["phase"] == phase:
-            for name, part in parts.items():
-                part.load_state_dict(self._state["parts"][name])
-            start, self._state = self._state["epoch"], None
-        elif phase in self._finished:
-            return
-        bar = tqdm(total=n_epochs, initial=start, desc=phase, unit="epoch", disable=None, leave=False)
-        with bar:
-            for epoch in range(start, n_epochs):
-                began = time.monotonic()
-                yield epoch
-                self._seconds[phase] = self.seconds(phase) + time.monotonic() - began
-                bar.set_postfix_str(f"loss {self.rows[-1]['loss']:.4g}" if self.rows else "")
-                bar.update()
-                if time.monotonic() - self._saved_at >= self.every and epoch + 1 < n_epochs:
-                    self._save(phase, epoch + 1, parts)
-        self._finished.append(phase)
-        self._save(phase, n_epochs, parts)
+        return epochs_in_step([self], phase, n_epochs, [parts])
 
     def record(self, phase: str, epoch: int, **values: float | None) -> None:
         """Add one row to metrics.jsonl."""
@@ -92,6 +88,14 @@ class Journal:
         if self.folder is not None:
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+        if self.tracker is not None:
+            self.tracker.follow(self.rows)
+
+    def close(self) -> None:
+        """The training is over; what a tracker has not been shown, because of a kill, it is shown now."""
+        if self.tracker is not None:
+            self.tracker.follow(self.rows)
+            self.tracker.close()
 
     def series(self, phase: str, key: str) -> list[Any]:
         """The recorded values of one key, epoch by epoch, where there are any."""
@@ -100,6 +104,22 @@ class Journal:
     def seconds(self, phase: str) -> float:
         """Training time of a phase over all starts of the run."""
         return self._seconds.get(phase, 0.0)
+
+    def _begin(self, phase: str, parts: Mapping[str, Stateful]) -> int | None:
+        """The first epoch to do, after the parts got their state; None for a phase that lies behind."""
+        if self._state is not None and self._state["phase"] == phase:
+            for name, part in parts.items():
+                part.load_state_dict(self._state["parts"][name])
+            start, self._state = self._state["epoch"], None
+            return start
+        return None if phase in self._finished else 0
+
+    def _end(self, phase: str, n_epochs: int, parts: Mapping[str, Stateful]) -> None:
+        self._finished.append(phase)
+        self._save(phase, n_epochs, parts)
+
+    def _took(self, phase: str, seconds: float) -> None:
+        self._seconds[phase] = self.seconds(phase) + seconds
 
     def _checkpoints(self) -> tuple[Path, Path]:
         assert self.folder is not None
@@ -126,16 +146,35 @@ class Journal:
             os.replace(newest, previous)
         write_atomically(newest, lambda file: torch.save(value, file))
 
-    def _resume(self) -> None:
+    def _found(self) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """The whole checkpoints, the newest first."""
+        if self.folder is None:
+            return
         for path in self._checkpoints():
             state = self._load(path)
             if state is not None:
-                self.rows, self.facts = state["rows"], state["facts"]
-                self._seconds, self._finished = state["seconds"], state["finished"]
-                self._state = state
-                log.info("continuing after epoch %d of %s", state["epoch"], state["phase"])
+                yield path, state
+
+    def _places(self) -> Iterator[tuple[Path, tuple[str, int]]]:
+        return ((path, (state["phase"], state["epoch"])) for path, state in self._found())
+
+    def _go_back(self, to: tuple[str, int] | None) -> None:
+        """Continue from the checkpoint of this phase and epoch, or from the start."""
+        for path, place in list(self._places()):
+            if place == to:
                 break
-        assert self.folder is not None
+            path.unlink()
+        self.rows, self.facts, self._seconds, self._finished = [], {}, {}, []
+        self._resume()
+
+    def _resume(self) -> None:
+        self._state = state = next((state for _, state in self._found()), None)
+        if state is not None:
+            self.rows, self.facts = state["rows"], state["facts"]
+            self._seconds, self._finished = state["seconds"], state["finished"]
+            log.info("continuing after epoch %d of %s", state["epoch"], state["phase"])
+        if self.folder is None:
+            return
         # Rows written after the checkpoint belong to epochs that are done again.
         lines = "".join(json.dumps(row) + "\n" for row in self.rows)
         write_bytes(self.folder / "metrics.jsonl", lines.encode())
@@ -156,3 +195,44 @@ class Journal:
                 f"{path} belongs to other settings or data; give --overwrite to start the run anew"
             )
         return state
+
+
+def epochs_in_step(
+    journals: Sequence[Journal], phase: str, n_epochs: int, parts: Sequence[Mapping[str, Stateful]]
+) -> Iterator[int]:
+    """`Journal.epochs` of trainings that are made together; each has its share of the time.
+
+    They must stand at the same epoch (`align`); checkpoints are written after the same epochs.
+    """
+    starts = [journal._begin(phase, own) for journal, own in zip(journals, parts, strict=True)]
+    start, first = starts[0], journals[0]
+    assert starts == [start] * len(starts)
+    if start is None:
+        return
+    bar = tqdm(total=n_epochs, initial=start, desc=phase, unit="epoch", disable=None, leave=False)
+    with bar:
+        for epoch in range(start, n_epochs):
+            began = time.monotonic()
+            yield epoch
+            for journal in journals:
+                journal._took(phase, (time.monotonic() - began) / len(journals))
+            bar.set_postfix_str(f"loss {first.rows[-1]['loss']:.4g}" if first.rows else "")
+            bar.update()
+            if time.monotonic() - first._saved_at >= first.every and epoch + 1 < n_epochs:
+                for journal, own in zip(journals, parts, strict=True):
+                    journal._save(phase, epoch + 1, own)
+    for journal, own in zip(journals, parts, strict=True):
+        journal._end(phase, n_epochs, own)
+
+
+def align(journals: Sequence[Journal]) -> None:
+    """Let trainings that are made together continue at the newest checkpoint that each of them has.
+
+    A kill between two of their checkpoints leaves some ahead; these lose their newest. Without a checkpoint
+    that all have, all begin anew.
+    """
+    places = [[place for _, place in journal._places()] for journal in journals]
+    common = next((place for place in places[0] if all(place in own for own in places)), None)
+    for journal, own in zip(journals, places, strict=True):
+        if own and own[0] != common:
+            journal._go_back(common)

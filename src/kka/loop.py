@@ -36,6 +36,7 @@ from kka.preference_trainer import TuneSettings
 from kka.run import Run
 from kka.seeds import derive_seed
 from kka.settings import option, to_flags
+from kka.tracking import HELP as REPORT_TO
 from kka.tune import tune
 
 CAPTIONS = "captions.jsonl"
@@ -80,6 +81,7 @@ class LoopSettings:
     draw_batch: int = option(8, "images drawn at once")
     seed: int = option(0, "of every random draw")
     device: str = option("cuda", "of the detector; without a GPU the CPU is taken")
+    report_to: tuple[str, ...] = option((), REPORT_TO)
 
 
 @dataclass(frozen=True)
@@ -253,7 +255,7 @@ class Loop:
             dataset_name=self.spec.name, data_path=str(self.root), normal_class=s.normal_class,
             xp_path=str(folder), anomaly_path=str(anomalies) if anomalies else None,
             n_anomalies=n_anomalies, split=split, threshold_quantile=s.threshold_quantile, seed=seed,
-            device=str(self.device),
+            device=str(self.device), report_to=s.report_to,
         )  # fmt: skip
         self._say("src/main.py", settings, detector, detector=detector_name(detector))
         choice = Choice(normal_classes=s.normal_class, anomaly_path=anomalies, n_anomalies=n_anomalies)

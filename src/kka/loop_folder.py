@@ -16,7 +16,18 @@ from kka.runs import RESULTS, ROOT, claim, fingerprint, locked, write_config
 
 # Settings of a loop that decide where or how fast it runs, not its numbers.
 PLACE = frozenset(
-    {"data_path", "xp_path", "name", "overwrite", "device", "llm_device", "drawer_device", "draw_batch"}
+    {
+        "data_path",
+        "xp_path",
+        "name",
+        "overwrite",
+        "device",
+        "llm_device",
+        "drawer_device",
+        "draw_batch",
+        "report_to",
+        "tune_report_to",
+    }
 )
 
 log = logging.getLogger(__name__)

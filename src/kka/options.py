@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from kka.errors import UserError
 from kka.settings import option
+from kka.tracking import HELP as REPORT_TO
+from kka.tracking import check_report_to
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,9 @@ class ExperimentSettings:
     load_model: str | None = option(None, "run folder, model.safetensors or model.tar to start from")
     seed: int = option(0, "seed of every random draw; -1: a random one, recorded")
     runs: int = option(1, "number of runs with seeds from --seed on, reported as mean and 95 % interval")
+    vmap_seeds: int = option(
+        1, "seeds of --runs that are trained together as one model; without --runs that many (Deep SAD)"
+    )
     device: str = option("cuda", "cpu, cuda or cuda:N; without a GPU the CPU is taken")
     strict_device: bool = option(False, "stop if the device is not there")
     num_threads: int = option(0, "threads of PyTorch; 0: its default")
@@ -70,19 +75,24 @@ class ExperimentSettings:
     bgr: bool = option(False, "swap red and blue, as the official code")
     skip_bad_images: bool = option(False, "leave unreadable images out and count them, instead of stopping")
     checkpoint_every: float = option(10.0, "seconds between two checkpoints")
+    report_to: tuple[str, ...] = option((), REPORT_TO)
 
 
 # Settings that change where or how fast a run is made, or that its identity holds by content.
 PLACE = frozenset({
-    "data_path", "xp_path", "name", "overwrite", "load_config", "load_model", "runs", "device",
+    "data_path", "xp_path", "name", "overwrite", "load_config", "load_model", "runs", "vmap_seeds", "device",
     "strict_device", "num_threads", "n_jobs_dataloader", "anomaly_path", "user_dict", "checkpoint_every",
+    "report_to",
 })  # fmt: skip
 
 
 def check_options(settings: ExperimentSettings) -> None:
     """Raises UserError naming the flag of the first value that makes no sense."""
+    check_report_to(settings.report_to)
     if settings.runs < 1:
         raise UserError(f"--runs must be at least 1, it is {settings.runs}")
+    if settings.vmap_seeds < 1:
+        raise UserError(f"--vmap_seeds must be at least 1, it is {settings.vmap_seeds}")
     if settings.seed < -1:
         raise UserError(f"--seed must be -1 (random) or at least 0, it is {settings.seed}")
     if (settings.known_outlier_class, settings.n_known_outlier_classes) != (1, 1):

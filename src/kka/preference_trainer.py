@@ -16,6 +16,8 @@ from kka.files import read_json
 from kka.language_models import check_adapter, four_bit_config, load_pretrained
 from kka.pairs import Pair, Pairs
 from kka.settings import option
+from kka.tracking import HELP as REPORT_TO
+from kka.tracking import check_report_to
 
 # The official query_key_value, dense and dense_h_to_4h under their names in transformers.
 GLM_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj")
@@ -64,6 +66,7 @@ class TuneSettings:
     four_bit: bool = option(False, "load the LLM in 4 bits (needs CUDA and bitsandbytes)")
     gradient_checkpointing: bool = option(True, "compute activations twice, which saves memory")
     device: str = option("cuda", "cuda or cpu; without a GPU the CPU is taken", ("cuda", "cpu"))
+    report_to: tuple[str, ...] = option((), REPORT_TO)
 
     @property
     def on_gpu(self) -> bool:
@@ -73,6 +76,7 @@ class TuneSettings:
 
 def check_settings(s: TuneSettings) -> None:
     """Raises UserError naming the flag of the first value that makes no sense."""
+    check_report_to(s.report_to)
     counts = ("max_steps", "batch_size", "accumulation", "eval_batch_size", "eval_every", "save_every")
     for name in (*counts, "max_length", "max_prompt_length", "lora_r", "lora_alpha"):
         if getattr(s, name) < 1:
@@ -196,7 +200,7 @@ def trainer_config(folder: Path, settings: TuneSettings, evaluate: bool) -> Any:
         activation_checkpointing=settings.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
         disable_tqdm=not sys.stderr.isatty(),
-        report_to="none",
+        report_to="none",  # tracking.py does it, without a step twice after an interruption
     )
     if config.n_gpu > 1:  # trl refuses to share one process among several
         log.warning("training on the first of %d GPUs; `accelerate launch` takes all", config.n_gpu)

@@ -2,10 +2,11 @@
 
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from kka.datasets.native import Native
 from kka.datasets.task import Task
 from kka.detectors import DETECTORS, build_detector, detector_name
 from kka.detectors.contract import Detector, DetectorSettings
+from kka.detectors.deep_sad_together import Training, fit_together
 from kka.detectors.pseudo_anomalies import content_of_textures
 from kka.errors import UserError
 from kka.files import read_json, write_json
@@ -40,6 +42,7 @@ from kka.runs import LOG, RESULTS, ROOT, claim, fingerprint, locked, write_confi
 from kka.seeds import derive_seed, generator
 from kka.settings import make_settings
 from kka.split import easy_anomalies, hard_anomalies, hardness_threshold
+from kka.tracking import Tracker
 from kka.train_set import TrainSet
 
 log = logging.getLogger(__name__)
@@ -103,18 +106,20 @@ class Run:
 
     def execute(self) -> dict[str, Any]:
         """Train, test and write the run folder; a finished run is read, an interrupted one continued."""
-        with locked(self.folder):
-            if claim(self.folder, self.identity, self.settings.overwrite):
-                log.info("%s is finished; give --overwrite to repeat it", self.folder)
-                return read_json(self.folder / RESULTS)
-            own = {"detector": self.name, **asdict(self.detector_settings)}
-            settings = {**asdict(self.settings), "runs": 1, **own}
-            write_config(self.folder, self.identity, settings)
-            torch.set_flush_denormal(True)  # denormal numbers slow a CPU many times
-            with log_to(self.folder / LOG):
-                return self._train_and_test()
+        return execute([self])[0]
 
-    def _train_and_test(self) -> dict[str, Any]:
+    def begin(self) -> bool:
+        """Make the (locked) folder its own; False if the run has finished there."""
+        if claim(self.folder, self.identity, self.settings.overwrite):
+            log.info("%s is finished; give --overwrite to repeat it", self.folder)
+            return False
+        own = {"detector": self.name, **asdict(self.detector_settings)}
+        settings = {**asdict(self.settings), "runs": 1, "vmap_seeds": 1, **own}
+        write_config(self.folder, self.identity, settings)
+        return True
+
+    def train_and_test(self) -> Iterator[Training]:
+        """Yield what has to be trained, each time going on when it is, and at last write every file."""
         s, detector = self.settings, self._new_detector()
         size, threads = detector.image_size, s.n_jobs_dataloader
         reading = (s.skip_bad_images, threads, s.bgr, s.match_generated)
@@ -122,19 +127,22 @@ class Run:
         train, heldout = build_train_set(data, s, s.seed)
         self._announce(data, train)
         targets, journal = data.task.test.targets, self._journal(self.folder)
-        detector.fit(train, journal, lambda score: auroc(targets, score(data.test.resized).numpy()))
+        yield Training(
+            detector, train, journal, lambda score: auroc(targets, score(data.test.resized).numpy())
+        )
         began = time.monotonic()
         test_scores = detector.score(data.test.resized)
         times = {"train_time": journal.seconds("train"), "test_time": time.monotonic() - began}
         normals = threshold_images(s.threshold_from, data, train, heldout)
         check_scores(self.name, test_scores, detector.score(normals))
-        split = self._split(detector, data, train, normals)
+        split = yield from self._split(detector, data, train, normals)
         results = {**times, **test_metrics(targets, test_scores), **split.counts()}
         results |= {"n_skipped": data.n_skipped, "seed": s.seed}
         self._write(detector, journal, split, results, data.native)
-        return results
 
-    def _split(self, detector: Detector, data: Data, train: TrainSet, normals: Tensor) -> Scored:
+    def _split(
+        self, detector: Detector, data: Data, train: TrainSet, normals: Tensor
+    ) -> Generator[Training, None, Scored]:
         """Eq. (6) over the generated images, by the detector itself or by cross-fit."""
         s = self.settings
 
@@ -146,7 +154,9 @@ class Run:
         if s.split == "own" and n:
             scores = detector.score(data.generated.resized).double().numpy()
         elif n:
-            for fold, (rows, judge) in enumerate(self._crossfit(data, train)):
+            for fold, (rows, training) in enumerate(self._crossfit(data, train)):
+                yield training
+                judge = training.detector
                 log.info("cross-fit %d judges %d generated anomalies", fold, len(rows))
                 scores[rows] = judge.score(data.generated.resized[rows])
                 thresholds[rows] = threshold_of(judge)
@@ -157,8 +167,8 @@ class Run:
             task.generated_index, task.generated.captions, scores, hard, easy, threshold_of(detector)
         )
 
-    def _crossfit(self, data: Data, train: TrainSet) -> Iterator[tuple[np.ndarray, Detector]]:
-        """Two detectors, each trained without the half of the generated anomalies that it judges.
+    def _crossfit(self, data: Data, train: TrainSet) -> Iterator[tuple[np.ndarray, Training]]:
+        """Two detectors to train, each trained without the half of the generated anomalies that it judges.
 
         Every training anomaly counts here as labelled, whatever the ratios say.
         """
@@ -173,8 +183,7 @@ class Run:
             part, judge = add_known(part, data), self._new_detector(fold + 1)
             folder = self.folder / f"crossfit_{fold}"
             folder.mkdir(exist_ok=True)
-            judge.fit(part, self._journal(folder))
-            yield rows.numpy(), judge
+            yield rows.numpy(), Training(judge, part, self._journal(folder))
 
     def _new_detector(self, fold: int = 0) -> Detector:
         seed = derive_seed(self.settings.seed, "fold", fold)
@@ -184,7 +193,9 @@ class Run:
         return detector
 
     def _journal(self, folder: Path) -> Journal:
-        return Journal(folder, self.settings.checkpoint_every, fingerprint(self.identity))
+        s = self.settings
+        tracker = Tracker(folder, s.report_to, self.identity)
+        return Journal(folder, s.checkpoint_every, fingerprint(self.identity), tracker)
 
     def _announce(self, data: Data, train: TrainSet) -> None:
         semi, task = train.semi_targets, data.task
@@ -229,6 +240,45 @@ class Run:
         for checkpoint in self.folder.rglob("checkpoint*.pt"):  # nothing is left to resume
             checkpoint.unlink()
         _report(results)
+
+
+def execute(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Train, test and write the folders of runs, several of them together; the results.
+
+    Finished runs are read, interrupted ones continued.
+    """
+    with ExitStack() as locks:
+        for run in runs:
+            locks.enter_context(locked(run.folder))
+        unfinished = [run for run in runs if run.begin()]
+        torch.set_flush_denormal(True)  # denormal numbers slow a CPU many times
+        steps = [run.train_and_test() for run in unfinished]
+        while trainings := _next_trainings(unfinished, steps):
+            with ExitStack() as logs:
+                for run in unfinished:
+                    logs.enter_context(log_to(run.folder / LOG))
+                fit(trainings)
+        return [read_json(run.folder / RESULTS) for run in runs]
+
+
+def _next_trainings(runs: Sequence[Run], steps: Sequence[Iterator[Training]]) -> list[Training]:
+    """Take each run to its next training; none if they are written."""
+    trainings = []
+    for run, step in zip(runs, steps, strict=True):
+        with log_to(run.folder / LOG):
+            trainings += [*islice(step, 1)]
+    return trainings
+
+
+def fit(trainings: Sequence[Training]) -> None:
+    """Train one detector, or several together."""
+    if len(trainings) > 1:
+        fit_together(trainings)
+    else:
+        (one,) = trainings
+        one.detector.fit(one.train, one.journal, one.evaluate)
+    for each in trainings:
+        each.journal.close()
 
 
 def load_detector(run: Path, device: torch.device) -> Detector:

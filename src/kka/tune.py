@@ -38,10 +38,13 @@ from kka.preference_trainer import (
     trainer_config,
 )
 from kka.runs import CONFIG, RESULTS, claim, compare, fingerprint, locked, write_config
+from kka.tracking import Tracker
 
 RECORD = "tuning"  # apart from the adapter, as transformers takes a config.json for a model's
 METRICS, CHECKPOINTS, PAIRS = "metrics.jsonl", "checkpoints", "pairs.json"
-PLACE = frozenset({"device", "gradient_checkpointing", "save_every"})  # settings that decide no number
+PLACE = frozenset(
+    {"device", "gradient_checkpointing", "save_every", "report_to"}
+)  # settings that decide no number
 FIGURES = {"loss": "eval_loss", "margin": "eval_rewards/margins", "accuracy": "eval_rewards/accuracies"}
 
 log = logging.getLogger(__name__)
@@ -134,7 +137,11 @@ def _tune(
         began = time.monotonic()
         trainer = build_trainer(model, tokenizer, train, validation, config, settings, adapter)
         counts = {"n_train": len(train), "n_validation": len(validation), "n_too_long": n_long}
-        results = {**_train(trainer, record), **counts, "seconds": time.monotonic() - began}
+        results = {
+            **_train(trainer, record, Tracker(record, settings.report_to, identity)),
+            **counts,
+            "seconds": time.monotonic() - began,
+        }
         if is_first:
             _save(trainer, out, results)
     return results
@@ -159,17 +166,17 @@ def _refuse_other_settings(record: Path, identity: dict[str, Any]) -> None:
             )
 
 
-def _train(trainer: Any, record: Path) -> dict[str, Any]:
+def _train(trainer: Any, record: Path, tracker: Tracker) -> dict[str, Any]:
     """Train, from the last checkpoint on if there is one; the figures for results.json."""
     checkpoint = last_checkpoint(record / CHECKPOINTS, trainer.args.max_steps)
     if checkpoint:
         log.info("continuing from %s", checkpoint)
     evaluates = trainer.eval_dataset is not None
     trainer.args.eval_on_start = evaluates and checkpoint is None
-    trainer.add_callback(_recorder(record / METRICS))
+    trainer.add_callback(_recorder(record / METRICS, tracker))
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     state = trainer.state
-    results = {"steps": state.global_step}
+    results: dict[str, Any] = {"steps": state.global_step}
     if evaluates:
         evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
         if evaluations[-1]["step"] < state.global_step:
@@ -177,6 +184,7 @@ def _train(trainer: Any, record: Path) -> dict[str, Any]:
             evaluations.append(state.log_history[-1])
         for when, entry in (("before", evaluations[0]), ("after", evaluations[-1])):
             results |= {f"{name}_{when}": entry[key] for name, key in FIGURES.items()}
+    tracker.close()
     return results
 
 
@@ -193,8 +201,8 @@ def last_checkpoint(folder: Path, max_steps: int) -> Path | None:
     return None
 
 
-def _recorder(path: Path) -> Any:
-    """A callback of the trainer that keeps metrics.jsonl and stops at the first number that is not finite."""
+def _recorder(path: Path, tracker: Tracker) -> Any:
+    """A callback of the trainer: keeps metrics.jsonl, shows it, stops at a number that is not finite."""
     from transformers import TrainerCallback
 
     class Recorder(TrainerCallback):
@@ -210,14 +218,24 @@ def _recorder(path: Path) -> Any:
             if state.is_world_process_zero and "train_runtime" not in entry:
                 with open(path, "a", encoding="utf-8") as file:
                     file.write(_metrics_line(entry))
+                tracker.follow([_metrics_row(each) for each in state.log_history])
 
     return Recorder()
 
 
 def _metrics_line(entry: dict[str, float]) -> str:
-    """One line without times and counters that start anew when a run is resumed."""
-    kept = {k: v for k, v in entry.items() if not k.endswith(("_runtime", "_per_second", "num_tokens"))}
-    return json.dumps(kept, allow_nan=False, sort_keys=True) + "\n"
+    return json.dumps(_lasting(entry), allow_nan=False, sort_keys=True) + "\n"
+
+
+def _lasting(entry: dict[str, float]) -> dict[str, float]:
+    """An entry without times and counters that start anew when a run is resumed."""
+    return {k: v for k, v in entry.items() if not k.endswith(("_runtime", "_per_second", "num_tokens"))}
+
+
+def _metrics_row(entry: dict[str, float]) -> dict[str, Any]:
+    """As a tracker takes it, by step."""
+    values = {key: value for key, value in _lasting(entry).items() if key not in ("epoch", "step")}
+    return {**values, "phase": "dpo", "epoch": entry["step"]}
 
 
 def _save(trainer: Any, out: Path, results: dict[str, Any]) -> None:

@@ -185,25 +185,20 @@ class DeepSAD:
         Raises UserError if there are too few images, TrainingError if a loss is not finite.
         """
         journal = journal or Journal()
-        self._check_size(train)
+        self.check_size(train)
         train = train.to(self.device)
         if self.settings.pretrain and not self.warm_start:
             if self.autoencoder is None:
                 self.model.net.backbone.load_pretrained()
             else:
-                self.pretrain(self.autoencoder, train, journal, evaluate)
+                self.pretrain(self.autoencoder, train, journal)
+                self.finish_pretraining(journal, evaluate)
         if not self.warm_start:
             self.model.center.copy_(self.find_center(train))
         self.train(train, journal, evaluate)
 
-    def pretrain(
-        self,
-        autoencoder: Autoencoder,
-        train: TrainSet,
-        journal: Journal,
-        evaluate: Evaluate | None = None,
-    ) -> None:
-        """Train the autoencoder on all training images and hand its encoder to the detector."""
+    def pretrain(self, autoencoder: Autoencoder, train: TrainSet, journal: Journal) -> None:
+        """Train the autoencoder on all training images."""
         s = self.settings
         optimizer = make_optimizer(s.ae_optimizer_name, autoencoder, s.ae_lr, s.ae_weight_decay)
         scheduler = MultiStepLR(optimizer, list(s.ae_lr_milestone), gamma=0.1)
@@ -221,12 +216,17 @@ class DeepSAD:
                     loss, [optimizer], f"epoch {epoch} of pre-training", ADVICE
                 )
             scheduler.step()
-            journal.record("pretrain", epoch, loss=total / self._epoch_size(train, s.ae_batch_size))
+            journal.record("pretrain", epoch, loss=total / self.epoch_size(train, s.ae_batch_size))
+
+    def finish_pretraining(self, journal: Journal, evaluate: Evaluate | None = None) -> None:
+        """Test the autoencoder and hand its encoder to the detector."""
+        autoencoder = self.autoencoder
+        assert autoencoder is not None
         if evaluate is not None and "ae" not in journal.facts:
             began = time.monotonic()
             journal.facts["ae"] = {"test_auc": evaluate(partial(self.autoencoder_score, autoencoder))}
             journal.facts["ae"]["test_time"] = time.monotonic() - began
-        if not s.official_pretrain:
+        if not self.settings.official_pretrain:
             self.model.net.load_state_dict(autoencoder.encoder.state_dict(), strict=True)
 
     def train(self, train: TrainSet, journal: Journal, evaluate: Evaluate | None = None) -> None:
@@ -248,7 +248,7 @@ class DeepSAD:
             curve = {}
             if evaluate is not None and s.test_every and (epoch + 1) % s.test_every == 0:
                 curve = {"test_auc": evaluate(self.score)}
-            journal.record("train", epoch, loss=total / self._epoch_size(train, s.batch_size), **curve)
+            journal.record("train", epoch, loss=total / self.epoch_size(train, s.batch_size), **curve)
 
     @torch.no_grad()
     def find_center(self, train: TrainSet) -> Tensor:
@@ -300,7 +300,7 @@ class DeepSAD:
     def _batches(self, train: TrainSet, phase: str, epoch: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (indices, augmented images in [0, 1]) of one epoch in random order."""
         stream = generator(self.seed, phase, epoch)
-        order = torch.randperm(len(train), generator=stream)[: self._epoch_size(train, size)]
+        order = torch.randperm(len(train), generator=stream)[: self.epoch_size(train, size)]
         for batch in order.split(size):
             images = augment(train.images[batch], train.native_sizes[batch], self.image_size, stream)
             yield batch, shown(images, self.model.net.channels)
@@ -308,18 +308,19 @@ class DeepSAD:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16")
 
-    def _epoch_size(self, train: TrainSet, batch_size: int) -> int:
+    def epoch_size(self, train: TrainSet, batch_size: int) -> int:
         """Images used in an epoch: all, but for an incomplete batch that is unwanted or a single image."""
         rest = len(train) % batch_size
         return len(train) - rest if rest == 1 or self.settings.drop_last else len(train)
 
-    def _check_size(self, train: TrainSet) -> None:
+    def check_size(self, train: TrainSet) -> None:
+        """Raises UserError for a set that is too small to train on."""
         sizes = [self.settings.batch_size] + [self.settings.ae_batch_size] * self.settings.pretrain
         if not (train.targets == 0).any():
             raise UserError("there are no normal images to train on")
         if len(train) < 2:
             raise UserError("training needs at least 2 images (batch normalisation), there is 1")
-        if not all(self._epoch_size(train, size) for size in sizes):
+        if not all(self.epoch_size(train, size) for size in sizes):
             raise UserError(
                 f"{len(train)} training images do not fill one batch of {max(sizes)}; "
                 "lower --batch_size and --ae_batch_size or leave out --drop_last"

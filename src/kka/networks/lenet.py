@@ -52,9 +52,10 @@ class UpsampledDeconv(nn.ConvTranspose2d):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         kernel = self.weight.flip(2, 3)  # a transposed convolution is a correlation with the turned kernel
-        folded = torch.einsum("iokl,pak,qbl->opqabi", kernel, self.taps, self.taps)
-        folded = folded.flatten(0, 2).permute(0, 3, 1, 2)  # (4 n_out, n_in, 3, 3), channels last in memory
-        y = F.pixel_shuffle(F.conv2d(x, folded, padding=1), 2)
+        kernel = kernel.unflatten(0, (self.groups, -1))
+        folded = torch.einsum("giokl,pak,qbl->gopqabi", kernel, self.taps, self.taps)
+        folded = folded.flatten(0, 3).permute(0, 3, 1, 2)  # (4 n_out, n_in, 3, 3), channels last in memory
+        y = F.pixel_shuffle(F.conv2d(x, folded, padding=1, groups=self.groups), 2)
         return y[..., self.crop : -self.crop, self.crop : -self.crop] if self.crop else y
 
 
@@ -101,7 +102,7 @@ class CIFAR10LeNetDecoder(nn.Module):
             nn.init.xavier_uniform_(layer.weight, gain=nn.init.calculate_gain("leaky_relu"))
 
     def forward(self, z: Tensor) -> Tensor:
-        x = F.leaky_relu(z.view(-1, 8, 4, 4))
+        x = F.leaky_relu(z.unflatten(1, (-1, 4, 4)))
         x = F.leaky_relu(self.bn2d4(self.deconv1(x)))
         x = F.leaky_relu(self.bn2d5(self.deconv2(x)))
         x = F.leaky_relu(self.bn2d6(self.deconv3(x)))
@@ -137,7 +138,7 @@ class FashionMNISTLeNetDecoder(nn.Module):
         self.deconv3 = UpsampledDeconv(16, 1)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = F.leaky_relu(self.bn1d2(self.fc3(z)).view(-1, 8, 4, 4))
+        x = F.leaky_relu(self.bn1d2(self.fc3(z)).unflatten(1, (-1, 4, 4)))
         x = F.leaky_relu(self.bn2d3(self.deconv1(x)))
         x = F.leaky_relu(self.bn2d4(self.deconv2(x)))
         return torch.sigmoid(self.deconv3(x))
@@ -170,7 +171,7 @@ class MNISTLeNetDecoder(nn.Module):
         self.deconv3 = UpsampledDeconv(8, 1)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = F.leaky_relu(z.view(-1, 2, 4, 4))
+        x = F.leaky_relu(z.unflatten(1, (-1, 4, 4)))
         x = F.leaky_relu(self.bn3(self.deconv1(x)))
         x = F.leaky_relu(self.bn4(self.deconv2(x)))
         return torch.sigmoid(self.deconv3(x))
