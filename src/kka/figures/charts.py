@@ -136,12 +136,12 @@ def draw_sizes(path: Path, series: Mapping[str, Sequence[Size]]) -> None:
         figure = new_figure(COLUMN + 0.6, 2.7)
         axis = figure.subplots()
         for k, (name, points) in enumerate(series.items()):
-            points = sorted(points, key=lambda point: point.n)
+            points = sorted(points, key=lambda point: (point.n, point.label))
             means, halves = _intervals([point.aucs for point in points])
             style = look(k) | {"capsize": 2.5, "elinewidth": 0.9, "label": name}
             axis.errorbar([point.n for point in points], means, halves, **style)
-            for point, mean in zip(points, means, strict=True):
-                _annotate(axis, point.label, (point.n, mean), SERIES[k % len(SERIES)])
+            for j, (point, mean) in enumerate(zip(points, means, strict=True)):
+                _annotate(axis, point.label, (point.n, mean), SERIES[k % len(SERIES)], left=j % 2 == 0)
         axis.set_xlabel("number of generated anomalies in training")
         axis.margins(x=0.14)
         percent_axis(axis)
@@ -149,9 +149,9 @@ def draw_sizes(path: Path, series: Mapping[str, Sequence[Size]]) -> None:
         write_figure(figure, path)
 
 
-def _annotate(axis: Any, text: str, point: tuple[float, float], colour: str) -> None:
-    where = {"xytext": (5, -3), "textcoords": "offset points", "ha": "left", "va": "top"}
-    axis.annotate(text, point, fontsize=6.5, color=colour, **where)
+def _annotate(axis: Any, text: str, point: tuple[float, float], colour: str, left: bool) -> None:
+    where = {"xytext": (-5 if left else 5, 3), "ha": "right" if left else "left", "va": "bottom"}
+    axis.annotate(text, point, textcoords="offset points", fontsize=6.5, color=colour, **where)
 
 
 def _intervals(values: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
@@ -248,22 +248,27 @@ def choose_classes(series: Mapping[str, Mapping[str, Sequence[float]]]) -> list[
 
 
 def draw_classes(path: Path, series: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
-    """AUC of each anomalous class against all test normals, {series: {class: AUCs in [0, 1] of seeds}}."""
+    """AUC of each anomalous class against all test normals, {series: {class: AUCs in [0, 1] of seeds}}.
+
+    Lines span the seeds: a t-interval over two or three of them is wider than the axis.
+    """
     names = choose_classes(series)
     places = np.arange(len(names))
     with styled():
-        figure = new_figure(COLUMN + 1.2, 0.9 + 0.155 * len(names))
+        figure = new_figure(COLUMN + 1.2, 0.9 + 0.17 * len(names))
         axis = figure.subplots()
         for k, (title, aucs) in enumerate(series.items()):
-            means, halves = _intervals([aucs[name] for name in names])
-            style = {"capsize": 1.5, "elinewidth": 0.8, "linestyle": "none", "label": title, "zorder": 3}
-            marks = {"color": SERIES[k % len(SERIES)], "marker": MARKERS[k % len(MARKERS)]}
-            axis.errorbar(means, places, xerr=halves, **style, **marks)
+            values = [100 * np.array(aucs[name]) for name in names]
+            at = places + 0.18 * (k - (len(series) - 1) / 2)
+            colour, marker = SERIES[k % len(SERIES)], MARKERS[k % len(MARKERS)]
+            axis.hlines(at, [v.min() for v in values], [v.max() for v in values], colour, linewidth=0.9)
+            means = [v.mean() for v in values]
+            axis.plot(means, at, marker, color=colour, markersize=3.5, label=title, zorder=3)
         axis.axvline(50, color=MUTED, linestyle=":", linewidth=1, label="chance")
         axis.set_yticks(places, names)
         axis.set(xlabel="test AUC against all normals (%)", ylabel="class of the anomalies")
-        axis.set_xlim(right=min(101, axis.get_xlim()[1]))
-        figure.legend(loc="outside upper center", ncols=3)
+        axis.set_ylim(len(names) - 0.4, -0.6)  # the worst at the top
+        figure.legend(loc="outside upper center", ncols=4)
         write_figure(figure, path)
 
 

@@ -1,7 +1,7 @@
 """Rows of images: a loop's picture and Fig. 3 of the paper."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from kka.datasets.images import read_image
 from kka.errors import UserError
 from kka.figures.style import EASY, HARD, INK, MUTED, PAGE, new_figure, styled, write_figure
 
+TITLE, UNDER = 0.72, 0.46  # inches left of a row for its title, and below it for captions
+GAP = 0.13  # between two images, as a share of their side
 CAPTION_WIDTH, CAPTION_LINES = 21, 4  # of letters under an image
 MARK = {"hard": HARD, "easy": EASY}
 
@@ -32,15 +34,30 @@ Row = tuple[str, Sequence[Shown]]
 def draw_anomalies(path: Path, rows: Sequence[Row]) -> None:
     """Fig. 3: a row per round, each image with its caption and whether it is hard; writes PNG and PDF."""
     columns = max(len(images) for _, images in rows)
+    side = (PAGE - TITLE) / (columns + GAP * (columns - 1))
+    height = len(rows) * (side + UNDER)
+    place = {
+        "left": TITLE / PAGE, "right": 0.995, "top": 0.99, "bottom": UNDER / height, "wspace": GAP,
+        "hspace": UNDER / side,
+    }  # fmt: skip
     with styled():
-        figure = new_figure(PAGE, 1.45 * len(rows))
-        draw_rows(figure, rows, columns)
+        figure = new_figure(PAGE, height, layout="none")
+        draw_rows(figure, rows, columns, place=place)
         write_figure(figure, path)
 
 
-def draw_rows(figure: Any, rows: Sequence[Row], columns: int, fontsize: float = 7.5) -> None:
-    """Fill a figure or subfigure with rows of images, each with its title on the left."""
-    axes = figure.subplots(len(rows), columns, squeeze=False)
+def draw_rows(
+    figure: Any,
+    rows: Sequence[Row],
+    columns: int,
+    fontsize: float = 7.5,
+    place: Mapping[str, float] | None = None,
+) -> None:
+    """Fill a figure or subfigure with rows of images, each with its title on the left.
+
+    `place` says where the images are, as matplotlib's GridSpec does; None leaves it to the figure's layout.
+    """
+    axes = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw=place)
     for line, (title, images) in zip(axes, rows, strict=True):
         for axis in line:
             axis.set_axis_off()

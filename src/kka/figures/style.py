@@ -41,11 +41,11 @@ def styled() -> Iterator[None]:
         yield
 
 
-def new_figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float, layout: str = "constrained") -> Any:
     """An empty matplotlib Figure of that size in inches, which needs no display."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(width, height), layout=layout)
 
 
 def write_figure(figure: Any, path: Path) -> None:

@@ -190,7 +190,9 @@ def _classes(material: Material, path: Path) -> Drawn:
     cut = f" {len(shown)} of {total} classes: the lowest and the highest." if len(shown) < total else ""
     *_, (name, last) = series.items()
     ends = [f"{each} {format_interval(last[each])} %" for each in (shown[0], shown[-1])]
-    description = f"Classes in the order of {name}; mean and 95 % t-interval over seeds.{cut}"
+    description = (
+        f"Classes in the order of {name}; means over seeds, and lines from the lowest to the highest.{cut}"
+    )
     return description, f"{name}: lowest {ends[0]}, highest {ends[1]}."
 
 

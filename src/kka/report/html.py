@@ -27,9 +27,9 @@ def join(*children: str) -> Html:
 
 
 def image(source: str, alt: str, width: int, height: int) -> Html:
-    """An image that is decoded when it comes into view."""
+    """An image that does not hold up the text around it."""
     words = f'src="{html.escape(source)}" alt="{html.escape(alt)}" width="{width}" height="{height}"'
-    return Html(f'<img {words} loading="lazy" decoding="async">')
+    return Html(f'<img {words} decoding="async">')
 
 
 def embed_json(value: Any, name: str) -> Html:
