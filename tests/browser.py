@@ -7,6 +7,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from base64 import b64decode
@@ -20,6 +21,14 @@ FLAGS = (
     "--disable-dev-shm-usage", "--disable-background-networking", "--disable-component-update",
     "--disable-sync", "--hide-scrollbars", "--remote-debugging-pipe",
 )  # fmt: skip
+# The browser reads from descriptor 3 and writes to 4, which may be anything in this process.
+LAUNCH = """
+import fcntl, os, sys
+pipes = [fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3]]
+for pipe, number in zip(pipes, (3, 4)):
+    os.dup2(pipe, number)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 PATIENCE = 90.0  # seconds; the cores are shared
 ERRORS = ("Runtime.exceptionThrown", "Log.entryAdded")
 
@@ -122,9 +131,8 @@ def browsing() -> Iterator[Browser]:
     """A fresh browser, ended with the block."""
     (to_read, to_write), (from_read, from_write) = os.pipe(), os.pipe()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        # The browser reads from descriptor 3 and writes to 4.
-        shell = f'exec "$@" 3<&{to_read} 4>&{from_write}'
-        command = ["sh", "-c", shell, "sh", str(CHROMIUM), *FLAGS, f"--user-data-dir={profile}"]
+        launch = [sys.executable, "-c", LAUNCH, str(to_read), str(from_write)]
+        command = [*launch, str(CHROMIUM), *FLAGS, f"--user-data-dir={profile}"]
         pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         process = subprocess.Popen(command, pass_fds=(to_read, from_write), **pipes)
         os.close(to_read)

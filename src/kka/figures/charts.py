@@ -99,7 +99,7 @@ def fill_scores(axis: Any, panel: Scores) -> None:
     kinds = {name: np.asarray(values) for name, values in panel.kinds.items() if len(values)}
     everything = np.concatenate(list(kinds.values()))
     low, high = np.quantile(everything, [0.001, 0.999])
-    logarithmic = low > 0 and high / low > LOG_RATIO
+    logarithmic = everything.min() > 0 and high / low > LOG_RATIO
     bins = np.geomspace(low, high, 41) if logarithmic else np.linspace(low, high, 41)
     for name, values in kinds.items():
         colour, _, filled = KINDS[name]

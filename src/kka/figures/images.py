@@ -14,7 +14,7 @@ from kka.figures.style import EASY, HARD, INK, MUTED, PAGE, new_figure, styled, 
 
 TITLE, UNDER = 0.72, 0.46  # inches left of a row for its title, and below it for captions
 GAP = 0.13  # between two images, as a share of their side
-CAPTION_WIDTH, CAPTION_LINES = 21, 4  # of letters under an image
+CAPTION_WIDTH, CAPTION_LINES = 20, 4  # of letters under an image
 MARK = {"hard": HARD, "easy": EASY}
 
 
@@ -86,7 +86,7 @@ def _draw_image(axis: Any, shown: Shown) -> None:
     if shown.caption:
         lines = textwrap.wrap(shown.caption, CAPTION_WIDTH, max_lines=CAPTION_LINES, placeholder=" …")
         axis.text(
-            0.5, -0.06, "\n".join(lines), transform=axis.transAxes, ha="center", va="top", fontsize=5,
+            0.5, -0.06, "\n".join(lines), transform=axis.transAxes, ha="center", va="top", fontsize=4.8,
             color=MUTED,
         )  # fmt: skip
 

@@ -12,7 +12,7 @@ from kka.errors import UserError
 from kka.figures.style import styled
 from kka.files import write_bytes
 from kka.loop_folder import to_cells
-from kka.metrics import format_interval
+from kka.metrics import format_interval, mean_interval
 from kka.report.catalogue import Material, draw_all
 from kka.report.gallery import Picture, collect, make_thumbnails
 from kka.report.html import Html, element, join
@@ -143,9 +143,10 @@ def _facts(material: Material, pictures: Sequence[Picture]) -> dict[str, str]:
 def _auc(group: Group) -> str:
     if not group.aucs:
         return "n/a\nthe test set has one class only"
-    value, _, n = format_interval(group.aucs).partition(" (")
-    interval = "mean and 95 % t-interval, " if len(group.aucs) > 1 else "one seed, "
-    return f"{value} %\n{interval}{n.rstrip(')')}"
+    mean, half = mean_interval(group.aucs)
+    if half is None:
+        return f"{100 * mean:.1f} %\none seed"
+    return f"{100 * mean:.1f} ± {100 * half:.1f} %\nmean and 95 % t-interval, n = {len(group.aucs)}"
 
 
 def _grids(material: Material) -> list[Grid]:

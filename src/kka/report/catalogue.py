@@ -63,7 +63,8 @@ class Figure:
     """what it shows, for the caption"""
     summary: str
     """its main numbers in words, for those who do not see it"""
-    wide: bool = False
+    shape: str = ""
+    """on the page: wide, or tall"""
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def draw_all(material: Material, out: Path) -> tuple[list[Figure], list[LeftOut]
     """Draw what the material has data for; files of an earlier report that are not drawn now are removed."""
     figures, left_out = [], []
     chosen = TABLE_FIGURES if material.tables else RUN_FIGURES
-    for stem, (title, wide, draw) in chosen.items():
+    for stem, (title, shape, draw) in chosen.items():
         try:
             description, summary = draw(material, out / stem)
         except (data.NoDataError, UserError) as error:
@@ -90,7 +91,7 @@ def draw_all(material: Material, out: Path) -> tuple[list[Figure], list[LeftOut]
             for kind in ("png", "pdf"):
                 (out / f"{stem}.{kind}").unlink(missing_ok=True)
         else:
-            figures.append(Figure(stem, title, description, summary, wide))
+            figures.append(Figure(stem, title, description, summary, shape))
     return figures, left_out
 
 
@@ -227,14 +228,14 @@ def _table(material: Material, path: Path) -> Drawn:
 
 
 Draw = Callable[[Material, Path], Drawn]
-RUN_FIGURES: dict[str, tuple[str, bool, Draw]] = {
-    "anomalies": ("Generated anomalies by round (Fig. 3)", True, _anomalies),
-    "scores": ("Scores and threshold", True, _scores),
-    "sizes": ("AUC against the number of anomalies (Fig. 4)", False, _sizes),
-    "convergence": ("Convergence (Fig. 6)", True, _convergence),
-    "latent": ("Latent space (Fig. 5)", True, _latent),
-    "hard_shares": ("Share of hard anomalies by round", False, _shares),
-    "margins": ("Reward margins of DPO", False, _margins),
-    "classes": ("AUC of each anomalous class", False, _classes),
+RUN_FIGURES: dict[str, tuple[str, str, Draw]] = {
+    "anomalies": ("Generated anomalies by round (Fig. 3)", "wide", _anomalies),
+    "scores": ("Scores and threshold", "wide", _scores),
+    "convergence": ("Convergence (Fig. 6)", "wide", _convergence),
+    "latent": ("Latent space (Fig. 5)", "wide", _latent),
+    "classes": ("AUC of each anomalous class", "tall", _classes),
+    "sizes": ("AUC against the number of anomalies (Fig. 4)", "", _sizes),
+    "hard_shares": ("Share of hard anomalies by round", "", _shares),
+    "margins": ("Reward margins of DPO", "", _margins),
 }
-TABLE_FIGURES: dict[str, tuple[str, bool, Draw]] = {"table": ("The table as points", True, _table)}
+TABLE_FIGURES: dict[str, tuple[str, str, Draw]] = {"table": ("The table as points", "wide", _table)}

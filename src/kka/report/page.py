@@ -116,11 +116,8 @@ def _table(grid: Grid) -> Html:
         element("tr", element("th", row[0], scope="row"), *(element("td", cell) for cell in row[1:]))
         for row in grid.rows
     ]
-    table = element(
-        "table", element("caption", grid.title), element("thead", head), element("tbody", *rows),
-        class_="numbers",
-    )  # fmt: skip
-    return _scrolling(table, grid.title)
+    table = element("table", element("thead", head), element("tbody", *rows), class_="numbers")
+    return join(element("p", grid.title, class_="about"), _scrolling(table, grid.title))
 
 
 def _scrolling(content: Html, label: str) -> Html:
@@ -145,14 +142,12 @@ def _figure(figure: Figure, path: Path) -> Html:
         lossy = {"quality": 85} if figure.stem == "anomalies" else {"lossless": True}
         picture.convert("RGB").save(file, "webp", method=4, **lossy)
     shown = image(data_uri(file.getvalue()), f"{figure.title}. {figure.summary}", *size)
-    sheet = element("div", shown, class_="sheet", tabindex=0 if figure.wide else None)
+    sheet = element("div", shown, class_="sheet", tabindex=0 if figure.shape == "wide" else None)
     files_ = join(
         "Files: ", element("code", f"{figure.stem}.png"), ", ", element("code", f"{figure.stem}.pdf")
     )
     caption = element("figcaption", f"{figure.description} ", files_)
-    return element(
-        "figure", element("h3", figure.title), sheet, caption, class_="wide" if figure.wide else None
-    )
+    return element("figure", element("h3", figure.title), sheet, caption, class_=figure.shape or None)
 
 
 def _settings(page: Page) -> Html:
@@ -182,7 +177,7 @@ def _gallery(pictures: Sequence[Picture], thumbnails: Thumbnails) -> Html:
         "form",
         element("label", "Search the captions", search),
         element("label", "Round", _select("round", "all rounds", rounds)),
-        element("label", "Hard or easy", _select("status", "both", statuses)),
+        element("label", "Hard or easy", _select("status", "all", statuses)),
         id="filters", class_="filters", role="search", aria_label="Filter the generated anomalies",
     )  # fmt: skip
     about = (
