@@ -26,7 +26,7 @@ CELL = {
     "paper": "72.33 ± 2.06",
     "runs": ["log/a", "log/b"],
 }
-EMPTY = {"text": "", "aucs": [], "paper": None, "runs": []}
+EMPTY = {"text": "", "aucs": [], "paper": "", "runs": 0}
 TABLE = {
     "title": "Table III <garden>", "notes": ["stand-ins & no reproduction"], "columns": ["none", "KKA(0)"],
     "rows": [{"name": "UCM", "cells": [CELL, EMPTY]}],

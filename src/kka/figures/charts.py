@@ -291,14 +291,17 @@ def draw_margins(path: Path, rounds: Mapping[str, Mapping[str, Sequence[tuple[fl
 def draw_table(
     path: Path, columns: Mapping[str, Sequence[tuple[str, Sequence[float], float | None]]]
 ) -> None:
-    """A table's AUCs as points: {column: [(row, AUCs in [0, 1], the paper's mean in percent)]}."""
+    """A table's AUCs, or their differences, as points.
+
+    {column: [(row, values of the runs in [-1, 1], the paper's mean in percent)]}.
+    """
     n_rows = max(len(rows) for rows in columns.values())
     with styled():
         figure = new_figure(PAGE, 0.9 + 0.24 * n_rows)
         axes = figure.subplots(1, len(columns), sharey=False, squeeze=False)[0]
         for axis, (title, rows) in zip(axes, columns.items(), strict=True):
             _draw_column(axis, rows, first=axis is axes[0])
-            axis.set(title=title, xlabel="test AUC (%)")
+            axis.set(title=title, xlabel="percent")
         handles = {label: h for a in axes for h, label in zip(*a.get_legend_handles_labels(), strict=True)}
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2)
         write_figure(figure, path)

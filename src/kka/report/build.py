@@ -111,7 +111,7 @@ def _make_report(material: Material, out: Path) -> Path:
         notes=table.notes if table else (),
         figures=figures,
         left_out=left_out,
-        settings=[("Runs behind the table", _runs_of(table))] if table else settings,
+        settings=settings,
         commands=commands,
         footer=_footer(material),
     )
@@ -177,7 +177,8 @@ def _run_row(group: Group) -> list[str]:
 
 def _settings(material: Material) -> tuple[list[tuple[str, Mapping[str, Any]]], list[str]]:
     """Blocks of settings, and the commands that made the runs."""
-    blocks: list[tuple[str, Mapping[str, Any]]] = []
+    behind = {key: value for table in material.tables for key, value in _runs_of(table).items()}
+    blocks: list[tuple[str, Mapping[str, Any]]] = [("Runs behind the table", behind)] if behind else []
     commands = []
     named = [(loop.name, loop.config) for loop in material.loops]
     named += [(group.name, group.runs[0].config) for group in material.groups]

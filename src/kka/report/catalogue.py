@@ -217,12 +217,13 @@ def _table(material: Material, path: Path) -> Drawn:
     columns = {
         title: [(name, cells[k].aucs, cells[k].paper_mean) for name, cells in table.rows]
         for k, title in enumerate(table.columns)
+        if any(cells[k].aucs for _, cells in table.rows)
     }
-    if not any(aucs for rows in columns.values() for _, aucs, _ in rows):
+    if not columns:
         raise data.NoDataError("no cell of the table has a run")
     charts.draw_table(path, columns)
     return (
-        "Mean and 95 % t-interval over runs; a point without an interval is one run.",
+        "Mean and 95 % t-interval over runs, in percent; a point without an interval is one run.",
         "The numbers are those of the table above.",
     )
 

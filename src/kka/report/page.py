@@ -106,8 +106,8 @@ def _problems(problems: Sequence[str]) -> Html:
 
 
 def _results(page: Page) -> Html:
-    notes = [element("p", note) for note in page.notes]
-    return join(*(_table(grid) for grid in page.grids), *notes)
+    notes = element("ul", *(element("li", note) for note in page.notes), class_="about")
+    return join(*(_table(grid) for grid in page.grids), notes if page.notes else Html())
 
 
 def _table(grid: Grid) -> Html:
@@ -160,7 +160,7 @@ def _settings(page: Page) -> Html:
         table = element("table", element("tbody", *rows), class_="keys")
         blocks.append(element("details", element("summary", title), _scrolling(table, title)))
     commands = [element("pre", command) for command in page.commands]
-    return join(*commands, *blocks)
+    return join(*commands, *blocks) if blocks else Html()
 
 
 def _plain(value: Any) -> str:

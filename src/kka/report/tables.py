@@ -19,16 +19,16 @@ class Cell:
     text: str
     """as it is printed"""
     aucs: tuple[float, ...] = ()
-    """in [0, 1], of the runs behind it; none: it is not measured"""
-    paper: str | None = None
+    """of the runs behind it, in [0, 1], or differences of such, in [-1, 1]; none: it is not measured"""
+    paper: str = ""
     """the paper's figure, in percent"""
     runs: tuple[str, ...] = ()
-    """their folders"""
+    """folders of its runs, where the table names them"""
 
     @property
     def paper_mean(self) -> float | None:
         """The first number of the paper's figure."""
-        found = re.match(r"\d+(\.\d+)?", self.paper or "")
+        found = re.match(r"\d+(\.\d+)?", self.paper)
         return float(found[0]) if found else None
 
 
@@ -73,10 +73,13 @@ def _cell(value: Any, where: str) -> Cell:
     aucs = _list(value["aucs"], f"{where}: aucs")
     for auc in aucs:
         number = isinstance(auc, int | float) and not isinstance(auc, bool)
-        if not number or not math.isfinite(auc) or not 0 <= auc <= 1:
+        if not number or not math.isfinite(auc) or not -1 <= auc <= 1:
             raise UserError(f"{where}: aucs must be numbers from 0 to 1, one is {auc!r}")
-    paper = None if value["paper"] is None else _text(value["paper"], f"{where}: paper")
-    return Cell(_text(value["text"], where), tuple(aucs), paper, _texts(value["runs"], f"{where}: runs"))
+    runs = value["runs"]
+    if type(runs) is int:  # their number
+        runs = []
+    paper = _text(value["paper"] or "", f"{where}: paper")
+    return Cell(_text(value["text"], where), tuple(aucs), paper, _texts(runs, f"{where}: runs"))
 
 
 def _check_keys(value: Any, keys: tuple[str, ...], where: str) -> None:
