@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,7 @@ def write_figure(figure: Any, path: Path) -> None:
         "pdf": {"CreationDate": None, "Producer": None, "Creator": None},
     }
     for kind, metadata in notes.items():
-
-        def save(file: Any, kind: str = kind, metadata: Any = metadata) -> None:
-            figure.savefig(file, format=kind, dpi=DPI, metadata=metadata)
-
+        save = partial(figure.savefig, format=kind, dpi=DPI, metadata=metadata)
         write_atomically(path.with_name(f"{path.name}.{kind}"), save)
 
 

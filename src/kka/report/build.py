@@ -19,9 +19,10 @@ from kka.report.html import Html, element, join
 from kka.report.page import GENERATOR, Grid, Page, render
 from kka.report.sources import Group, LoopRecord, is_loop, read_group, read_loop
 from kka.report.tables import Cell, Table, read_table
+from kka.runs import CONFIG, RESULTS
 from kka.settings import option
 
-PAGE, FOLDER = "index.html", "report"
+PAGE, FOLDER, SUMMARY = "index.html", "report", "summary.json"
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,8 @@ def make_reports(paths: Sequence[Path], settings: ReportSettings) -> list[Path]:
     given = Path(settings.out).expanduser() if settings.out else None
     places: list[tuple[Material, Path]] = []
     if loops or groups:
-        first = next(path for path in paths if path.suffix != ".json")
+        folders = {each.folder for each in (*loops, *groups)}
+        first = next(path for path in paths if path in folders)
         places.append((material, given or first / FOLDER))
     for table in tables:
         beside = table.path.with_name(f"{table.name}_{FOLDER}")
@@ -67,11 +69,12 @@ def _read(paths: Sequence[Path]) -> tuple[list[Table], list[LoopRecord], list[Gr
     groups: list[Group] = []
     for path in paths:
         inside = sorted(path.glob("*.json")) if path.is_dir() else []
+        names = {each.name for each in inside}
         if path.suffix == ".json" and not path.is_dir():
             tables.append(read_table(path))
         elif is_loop(path):
             loops.append(read_loop(path))
-        elif inside and not (path / "config.json").exists() and not any(path.glob("seed_*")):
+        elif inside and not names & {CONFIG, RESULTS, SUMMARY}:
             tables += [read_table(each) for each in inside]
         else:
             groups.append(read_group(path))
@@ -130,8 +133,6 @@ def _facts(material: Material, pictures: Sequence[Picture]) -> dict[str, str]:
     facts = {"Data set": ", ".join(sorted(titles)), "Detector": ", ".join(sorted(detectors))}
     for group in (each for each in material.pair if each):
         facts[f"Test AUC, {group.name}"] = _auc(group)
-    if not len(facts) > 2:
-        facts["Test AUC"] = _auc(groups[0])
     if pictures:
         hard = sum(picture.status == "hard" for picture in pictures)
         facts["Generated anomalies"] = f"{len(pictures):,}\n{hard:,} of them hard"

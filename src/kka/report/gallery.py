@@ -53,7 +53,10 @@ def collect(
     pictures, problems = [], []
     several = len(loops) + len(groups) > 1
     for loop in loops:
-        pictures += _of_loop(loop, f"{loop.name}, " if several else "")
+        try:
+            pictures += _of_loop(loop, f"{loop.name}, " if several else "")
+        except UserError as error:
+            problems.append(f"{loop.name}: its generated anomalies cannot be shown: {error}")
     for group in groups:
         if group.n_generated:
             try:

@@ -237,4 +237,6 @@ def read_loop(folder: Path) -> LoopRecord:
     good = isinstance(rows, list) and rows and all(isinstance(r, dict) and r.keys() >= set(ROW) for r in rows)
     if not good or not isinstance(results.get("none"), list):
         raise UserError(f"{folder / RESULTS} is not the table of a loop; run the loop's command again")
-    return LoopRecord(folder.name, folder, config, results)
+    loop = LoopRecord(folder.name, folder, config, results)
+    _ = loop.groups  # what is broken shows here
+    return loop
