@@ -62,11 +62,11 @@ def loop(tmp_path_factory):
         garden.make_garden(root / "garden", n_anomalies=2)
     flags = {
         "dataset_name": "garden", "data_path": root / "garden", "xp_path": root / "loop", "rounds": 1,
-        "mode": "add", "n_initial": 10, "n_fresh": 6, "n_untuned": 3, "n_evaluators": 2, "per_round": 2,
-        "n_epochs": 12, "lr": 1e-3, "pretrain": False, "test_every": 4, "batch_size": 8, "device": "cpu",
+        "mode": "add", "n_initial": 16, "n_fresh": 6, "n_untuned": 3, "n_evaluators": 2, "per_round": 2,
+        "n_epochs": 2, "lr": 1e-3, "pretrain": False, "test_every": 1, "batch_size": 8, "device": "cpu",
         "llm_model": tiny_glm(root / "llm"), "llm_device": "cpu", "drawer_backend": "garden",
         "tune_device": "cpu", "tune_max_steps": 2, "tune_warmup_steps": 1, "pairs_min_pairs": 1,
-        "tune_eval_every": 1, "pairs_validation_share": 0.3,
+        "tune_eval_every": 1, "pairs_validation_share": 0.3, "threshold_quantile": 0.3,
     }  # fmt: skip
     words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
     outcome = call_script(iterate.main, ["iterate.py", *words])

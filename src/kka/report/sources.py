@@ -59,9 +59,9 @@ class FinishedRun:
     @property
     def anomalies(self) -> Path | None:
         """Folder of its generated anomalies: where it was, or beside the run if the loop was moved."""
-        given = self.settings["anomaly_path"]
-        places = [Path(given).expanduser()] * bool(given) + [self.folder.parent / "0"]
-        return next((place for place in places if place.is_dir()), None)
+        given, root = self.settings["anomaly_path"], self.settings.get("data_path")
+        places = [given, str(self.folder.parent / "0")] if given else [f"{root}/0"] * bool(root)
+        return next((path for path in (Path(each).expanduser() for each in places) if path.is_dir()), None)
 
     @property
     def newest_round(self) -> int:
