@@ -14,7 +14,9 @@ import iterate
 import report
 from kka.anomalies import read_items
 from kka.datasets import garden
+from kka.errors import UserError
 from kka.metrics import format_interval
+from kka.report.build import short_names
 from kka.report.data import class_aucs
 from kka.report.sources import FinishedRun, read_loop, read_run
 
@@ -66,7 +68,7 @@ def loop(tmp_path_factory):
         "n_epochs": 2, "lr": 1e-3, "pretrain": False, "test_every": 1, "batch_size": 8, "device": "cpu",
         "llm_model": tiny_glm(root / "llm"), "llm_device": "cpu", "drawer_backend": "garden",
         "tune_device": "cpu", "tune_max_steps": 2, "tune_warmup_steps": 1, "pairs_min_pairs": 1,
-        "tune_eval_every": 1, "pairs_validation_share": 0.3, "threshold_quantile": 0.3,
+        "tune_eval_every": 1, "pairs_validation_share": 0.3, "threshold_quantile": 0.6, "split": "own",
     }  # fmt: skip
     words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
     outcome = call_script(iterate.main, ["iterate.py", *words])
@@ -202,6 +204,14 @@ def test_figures_of_an_earlier_report_do_not_stay(copied):
     assert make_report(copied).code == 0
     assert figures_of(copied / "report") == {"anomalies", "scores"}
     assert "is not what it was" in page_of(copied / "report")
+
+
+def test_names_are_as_long_as_needed():
+    folders = [Path("/a/x/run"), Path("/a/y/run"), Path("/a/z")]
+    assert list(short_names(folders).values()) == ["x/run", "y/run", "a/z"]
+    assert short_names([Path("/a/x/run")]) == {Path("/a/x/run"): "run"}
+    with pytest.raises(UserError, match="given twice"):
+        short_names([Path("/a/b"), Path("/a/c/../b")])
 
 
 def test_class_aucs_by_hand():

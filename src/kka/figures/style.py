@@ -42,7 +42,7 @@ def styled() -> Iterator[None]:
         yield
 
 
-def new_figure(width: float, height: float, layout: str = "constrained") -> Any:
+def new_figure(width: float, height: float, layout: Any = "constrained") -> Any:
     """An empty matplotlib Figure of that size in inches, which needs no display."""
     from matplotlib.figure import Figure
 

@@ -3,7 +3,7 @@
 import logging
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def make_reports(paths: Sequence[Path], settings: ReportSettings) -> list[Path]:
     given = Path(settings.out).expanduser() if settings.out else None
     places: list[tuple[Material, Path]] = []
     if loops or groups:
-        folders = {each.folder for each in (*loops, *groups)}
+        folders = [loop.folder for loop in loops] + [group.folder for group in groups]
         first = next(path for path in paths if path in folders)
         places.append((material, given or first / FOLDER))
     for table in tables:
@@ -62,8 +62,6 @@ def make_reports(paths: Sequence[Path], settings: ReportSettings) -> list[Path]:
 
 
 def _read(paths: Sequence[Path]) -> tuple[list[Table], list[LoopRecord], list[Group]]:
-    if not paths:
-        raise UserError("give a run folder, a loop folder or the .json of a table; see --help")
     tables: list[Table] = []
     loops: list[LoopRecord] = []
     groups: list[Group] = []
@@ -78,7 +76,21 @@ def _read(paths: Sequence[Path]) -> tuple[list[Table], list[LoopRecord], list[Gr
             tables += [read_table(each) for each in inside]
         else:
             groups.append(read_group(path))
-    return tables, loops, groups
+    names = short_names([loop.folder for loop in loops] + [group.folder for group in groups])
+    loops = [replace(loop, name=names[loop.folder]) for loop in loops]
+    return tables, loops, [replace(group, name=names[group.folder]) for group in groups]
+
+
+def short_names(folders: Sequence[Path]) -> dict[Path, str]:
+    """The ends of the paths, as long as needed to tell them apart; raises UserError for one given twice."""
+    parts = [folder.resolve().parts for folder in folders]
+    if len(set(parts)) < len(parts):
+        twice = next(str(folder) for k, folder in enumerate(folders) if parts[k] in parts[:k])
+        raise UserError(f"{twice} is given twice")
+    length = 1
+    while len({each[-length:] for each in parts}) < len(parts):
+        length += 1
+    return {folder: "/".join(each[-length:]) for folder, each in zip(folders, parts, strict=True)}
 
 
 def refuse_foreign(out: Path) -> None:
