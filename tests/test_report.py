@@ -64,11 +64,11 @@ def loop(tmp_path_factory):
         garden.make_garden(root / "garden", n_anomalies=2)
     flags = {
         "dataset_name": "garden", "data_path": root / "garden", "xp_path": root / "loop", "rounds": 1,
-        "mode": "add", "n_initial": 16, "n_fresh": 6, "n_untuned": 3, "n_evaluators": 2, "per_round": 2,
+        "mode": "add", "n_initial": 10, "n_fresh": 6, "n_untuned": 3, "n_evaluators": 2, "per_round": 2,
         "n_epochs": 2, "lr": 1e-3, "pretrain": False, "test_every": 1, "batch_size": 8, "device": "cpu",
         "llm_model": tiny_glm(root / "llm"), "llm_device": "cpu", "drawer_backend": "garden",
         "tune_device": "cpu", "tune_max_steps": 2, "tune_warmup_steps": 1, "pairs_min_pairs": 1,
-        "tune_eval_every": 1, "pairs_validation_share": 0.3, "threshold_quantile": 0.6, "split": "own",
+        "tune_eval_every": 1, "pairs_validation_share": 0.3, 
     }  # fmt: skip
     words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
     outcome = call_script(iterate.main, ["iterate.py", *words])
@@ -90,9 +90,11 @@ def copied(finished, tmp_path):
 
 
 def test_loop_has_every_figure_and_its_table(loop, reported):
-    assert figures_of(reported) == RUN_FIGURES
+    # So tiny a loop may find no hard or no easy anomaly, and tunes nothing then.
+    tuned = (loop / "round_1" / "adapter").exists()
+    assert figures_of(reported) == (RUN_FIGURES if tuned else RUN_FIGURES - {"margins"})
     text, record = page_of(reported), read_loop(loop)
-    assert "Left out" not in text
+    assert ("Left out" in text) == (not tuned)
     for row in record.rounds:
         assert f"<td>{format_interval(row['test_aucs'])} %</td>" in text
 
@@ -173,9 +175,15 @@ def test_images_that_are_gone_are_named_and_hostile_captions_stay_text(loop, tmp
     lines = [json.loads(line) for line in manifest.read_text().splitlines()]
     lines[0]["caption"] = "</script><img src=x onerror=alert(1)> $x^2$"
     manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tuning = moved / "round_1" / "adapter" / "tuning"
+    tuning.mkdir(parents=True, exist_ok=True)
+    rows = [{"step": 0, "eval_rewards/margins": 0.0}, {"step": 1, "rewards/margins": 0.4}]
+    (tuning / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     outcome = make_report(moved)
     assert outcome.code == 0, outcome.stderr
+    assert figures_of(moved / "report") == RUN_FIGURES
     text, shown = page_of(moved / "report"), items_of(moved / "report")
+    assert "from +0.400 to +0.400" in text
     for place in (outcome.log, text):
         assert f"{gone} is gone or cannot be read" in place
     assert [row[5] is None for row in shown].count(True) == 1
