@@ -68,7 +68,7 @@ def loop(tmp_path_factory):
         "n_epochs": 2, "lr": 1e-3, "pretrain": False, "test_every": 1, "batch_size": 8, "device": "cpu",
         "llm_model": tiny_glm(root / "llm"), "llm_device": "cpu", "drawer_backend": "garden",
         "tune_device": "cpu", "tune_max_steps": 2, "tune_warmup_steps": 1, "pairs_min_pairs": 1,
-        "tune_eval_every": 1, "pairs_validation_share": 0.3, 
+        "tune_eval_every": 1, "pairs_validation_share": 0.3,
     }  # fmt: skip
     words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
     outcome = call_script(iterate.main, ["iterate.py", *words])
