@@ -67,12 +67,11 @@ def _read(paths: Sequence[Path]) -> tuple[list[Table], list[LoopRecord], list[Gr
     groups: list[Group] = []
     for path in paths:
         inside = sorted(path.glob("*.json")) if path.is_dir() else []
-        names = {each.name for each in inside}
         if path.suffix == ".json" and not path.is_dir():
             tables.append(read_table(path))
         elif is_loop(path):
             loops.append(read_loop(path))
-        elif inside and not names & {CONFIG, RESULTS, SUMMARY}:
+        elif inside and not {each.name for each in inside} & {CONFIG, RESULTS, SUMMARY}:
             tables += [read_table(each) for each in inside]
         else:
             groups.append(read_group(path))
