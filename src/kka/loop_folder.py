@@ -1,12 +1,15 @@
 """The folder of a loop, and the table at its end."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from kka.detectors import detector_name
 from kka.errors import UserError
+from kka.figures.charts import score_unit
+from kka.figures.images import Row, Shown
 from kka.files import read_json, write_bytes, write_json
 from kka.loop import Loop, describe_settings
 from kka.metrics import format_interval
@@ -74,17 +77,26 @@ def report_loop(loop: Loop, rows: list[dict[str, Any]]) -> str:
 def picture(loop: Loop) -> None:
     """Write loop.png: the anomalies of each round, and the scores without them and after the last round."""
     last = loop.n_rounds
-    rows: list[tuple[str, Sequence[Path]]] = [("normal\n(training)", loop.normals.paths)]
+    rows: list[Row] = [("normal\n(training)", [Shown(path) for path in loop.normals.paths])]
     for k in range(last + 1):
         rows += split_rows(loop.place(k, "fresh" if k else "0"), f"round {k}")
     runs = {"no anomalies": loop.folder / "none", f"KKA({last})": loop.place(last, "detector")}
     draw_loop(
-        loop.folder / "loop.png", rows, [(name, read_json(run / RESULTS)) for name, run in runs.items()]
+        loop.folder / "loop.png",
+        rows,
+        [(name, read_json(run / RESULTS)) for name, run in runs.items()],
+        score_unit(detector_name(loop.detector)),
     )
 
 
-def to_table(none: Sequence[float | None], rows: list[dict[str, Any]]) -> str:
-    """A markdown table: one line without anomalies, then one per round; AUCs are means over evaluators.
+def to_table(none: Sequence[float | None], rows: Sequence[Mapping[str, Any]]) -> str:
+    """`to_cells` as a markdown table."""
+    head, *lines = to_cells(none, rows)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *lines]) + "\n"
+
+
+def to_cells(none: Sequence[float | None], rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """A head, a line without anomalies, then one per round; AUCs are means over evaluators.
 
     In round 0 the share of hard anomalies is that of the set, later that of the fresh images, each judged by
     an evaluator that has not seen it, beside that of fresh images of the untuned LLM.
@@ -100,7 +112,7 @@ def to_table(none: Sequence[float | None], rows: list[dict[str, Any]]) -> str:
         "test AUC",
         *(f"{s}, s" for s in stages),
     ]
-    lines = [head, ["---"] * len(head), ["none", "", "", "", "0", "", _mean(none), *[""] * len(stages)]]
+    lines = [head, ["none", "", "", "", "0", "", _mean(none), *[""] * len(stages)]]
     for row in rows:
         margin = "" if row["margin"] is None else f"{row['margin']:+.3f}"
         seconds = [f"{row['seconds'].get(stage, 0):.0f}" for stage in stages]
@@ -113,7 +125,7 @@ def to_table(none: Sequence[float | None], rows: list[dict[str, Any]]) -> str:
             margin,
         ]
         lines.append([*cells, _mean(row["test_aucs"]), *seconds])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+    return lines
 
 
 def _percent(value: float) -> str:

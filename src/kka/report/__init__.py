@@ -1,0 +1,1 @@
+"""Finished runs, loops and tables as figures and one HTML page."""
