@@ -79,6 +79,11 @@ class HardnessSettings:
     device: str = option("cpu", "cpu, cuda or cuda:N")
     num_threads: int = option(0, "threads of PyTorch; 0: its default")
 
+    @property
+    def sets(self) -> list[str]:
+        """Names of the trained sets: "base", then "add random", ..., "rep random", ..."""
+        return ["base", *(f"{mode} {rule}" for mode in self.modes for rule in self.selections)]
+
 
 PLACE = (
     "data_path", "xp_path", "overwrite", "anomaly_path", "device", "num_threads", *TOTALS,
@@ -205,7 +210,7 @@ class Study:
 
     def _train_all(self) -> dict[str, Any]:
         s, began = self.settings, time.monotonic()
-        steps = [(n, name) for n in s.n_base for name in ("judge", *self._sets())]
+        steps = [(n, name) for n in s.n_base for name in ("judge", *s.sets)]
         results: dict[str, Any] = {"seed": s.seed, "sets": {}}
         for n, name in tqdm(steps, desc=str(self.folder.name), unit="set", disable=None):
             judged = self._judge(n)
@@ -220,11 +225,6 @@ class Study:
         write_json(self.folder / RESULTS, results, indent=1)
         log.info("%d trainings, %.0f s now", results["trainings"], time.monotonic() - began)
         return results
-
-    def _sets(self) -> list[str]:
-        """Names of the trained sets: the base set, then "add random", ..., "rep random", ..."""
-        s = self.settings
-        return ["base", *(f"{mode} {rule}" for mode in s.modes for rule in s.selections)]
 
     @cached_property
     def _finished(self) -> dict[str, Any]:
