@@ -59,8 +59,8 @@ def _row(title: str, key: str, found: Sequence[dict[str, Any]]) -> dict[str, Any
     aucs = [_mean(each["aucs"][key]) for each in found]
     mode = key.partition(" ")[0]
     cells = [
-        _cell([each["hard"] for each in found]),
-        _cell([float(each["n_new"][key]) for each in found], scale=1),
+        _mean_cell([100 * each["hard"] for each in found]),
+        _mean_cell([each["n_new"][key] for each in found]),
         _cell(aucs),
         *(_difference(key, other, found) for other in (f"{mode} random", "base")),
     ]
@@ -74,12 +74,17 @@ def _difference(key: str, other: str, found: Sequence[dict[str, Any]]) -> dict[s
     return _cell([_mean(a) - _mean(b) for a, b in pairs], sign="+")
 
 
-def _cell(values: Sequence[float], scale: float = 100, sign: str = "") -> dict[str, Any]:
-    mean, half = mean_interval(values)
-    text = cell_text(values, len(values), scale)
-    if sign:
-        text = text.replace(f"{scale * mean:.2f}", f"{scale * mean:+.2f}", 1)
-    return {"text": text, "aucs": list(values), "paper": "", "runs": len(values), "interval95": half}
+def _cell(values: Sequence[float], sign: str = "") -> dict[str, Any]:
+    text = cell_text(values, len(values))
+    if sign:  # of a difference, whose number of runs is that of the AUC
+        mean = 100 * mean_interval(values)[0]
+        text = text.replace(f"{mean:.2f}", f"{mean:+.2f}", 1).partition(" (")[0]
+    return {"text": text, "aucs": list(values), "paper": "", "runs": len(values)}
+
+
+def _mean_cell(values: Sequence[float]) -> dict[str, Any]:
+    """Of what is no AUC: only the mean."""
+    return {"text": f"{_mean(values):.0f}", "aucs": [], "paper": "", "runs": len(values)}
 
 
 def _mean(values: Sequence[float]) -> float:

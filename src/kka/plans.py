@@ -334,10 +334,10 @@ def figure4(plan: Plan) -> list[Cell]:
 
 def _initial(plan: Plan, experiment: tuple[DataSetSpec, list[str], int], n: int) -> Job:
     if plan.settings.anomalies == "folder":
-        words = ("--detector", DEFAULT_DETECTOR, "--n_anomalies", str(n))
-        return plan.job("main.py", f"initial_{n}", experiment, *words)
-    words = ("--mode", "add", "--rounds", "0", "--n_initial", str(n))
-    job = plan.job("iterate.py", f"initial_{n}", experiment, *words)
+        chosen = ("--detector", DEFAULT_DETECTOR, "--n_anomalies", str(n))
+        return plan.job("main.py", f"initial_{n}", experiment, *chosen)
+    begun = ("--mode", "add", "--rounds", "0", "--n_initial", str(n))
+    job = plan.job("iterate.py", f"initial_{n}", experiment, *begun)
     kept = {**to_dict(job.words), "n_initial": [str(n)], "rounds": ["0"]}
     return dataclasses.replace(job, words=tuple(to_words(kept)))
 

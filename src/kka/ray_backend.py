@@ -8,8 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from kka.errors import UserError
-from kka.runs import ROOT
-from kka.sweep import Job, blocked, failure, is_finished, start, stop
+from kka.sweep import Job, blocked, failure, is_finished, python_path, start, stop
 
 LOCKED = "is in use by"  # what a run says whose folder the process of a lost node still holds
 PATIENCE = 120.0  # seconds until that one must be gone
@@ -26,7 +25,7 @@ def run_on_ray(
         import ray
     except ImportError:
         raise UserError("--backend ray needs Ray; install it with pip install -e '.[ray]'") from None
-    environment = {"env_vars": {"PYTHONPATH": str(ROOT / "src")}}
+    environment = {"env_vars": {"PYTHONPATH": python_path()}}
     try:
         ray.init(address=address, runtime_env=environment, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError) as error:

@@ -67,13 +67,18 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def python_path() -> str:
+    """PYTHONPATH with this checkout first."""
+    return os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
+
+
 def start(job: Job, threads: int, folder: Path) -> subprocess.Popen[bytes]:
     """Start the script with so many threads in the working folder; it ends when this process does."""
     if job.share and job.after:
         share_common(job.after.folder, job.folder, job.share)
     job.log.parent.mkdir(parents=True, exist_ok=True)
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    environment = {**os.environ, **dict.fromkeys(names, str(threads)), "PYTHONPATH": str(ROOT / "src")}
+    environment = {**os.environ, **dict.fromkeys(names, str(threads)), "PYTHONPATH": python_path()}
     with open(job.log, "ab") as log:
         return subprocess.Popen(
             [sys.executable, "-P", "-m", "kka.tether", *job.command],
