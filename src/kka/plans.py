@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,12 @@ AHL: dict[str, Row] = {
     "AHL(DevNet)": Row("ahl", flags=("--base_model", "devnet", "--base_epochs", "50")),
     "AHL(DRA)": Row("ahl", flags=("--base_model", "dra")),
 }
+# Flags of the runs that the table decides.
+RESERVED = frozenset({
+    "dataset_name", "data_path", "normal_class", "normal_superclass", "seed", "runs", "xp_path", "name",
+    "overwrite", "load_config", "detector", "mode", "rounds", "n_anomalies", "n_anomaly", "help",
+})  # fmt: skip
+GROWING = ("n_base", "selections", "modes")  # a study gets more of these in its folder
 PAPER_SETS = ("cifar100", "flower", "ucm_caption")
 OWN_CLASS = {"cifar100": "household_furniture", "table4": "5"}
 
@@ -139,27 +146,25 @@ class Plan:
         place: str,
         experiment: tuple[DataSetSpec, list[str], int],
         *words: str,
-        **more: Any,
+        after: Job | None = None,
+        parts: tuple[tuple[str, ...], ...] = (),
     ) -> Job:
-        """A job of one experiment; `place` names its folder, further words are flags, `more` goes to Job.
+        """A job of one experiment; `place` names its folder, further words are its flags.
 
-        Runs of other flags get other folders.
+        Runs of other flags, or behind a loop of other flags, get other folders.
         """
         spec, classes, seed = experiment
         flags = {"dataset_name": [spec.name], **to_dict(words)}
-        detector = {**flags, **self.extra}.get("detector", [DEFAULT_DETECTOR])[0]
-        flags |= self._preset(detector) | {
-            k: v for k, v in self.extra.items() if k in flags_of(script, detector)
-        }
-        different = {
-            k: v for k, v in flags.items() if k not in PLACE and k not in ("n_base", "selections", "modes")
-        }
-        normal = "_".join(classes) or "own"
-        name = f"{place}_{fingerprint(different)[:6]}"
+        detector = flags.get("detector", [DEFAULT_DETECTOR])[0]
+        known = flags_of(script, detector)
+        flags |= self._preset(detector) | {k: v for k, v in self.extra.items() if k in known}
+        different: dict[str, Any] = {k: v for k, v in flags.items() if k not in PLACE and k not in GROWING}
+        different["after"] = after.folder.parent.name if after else ""
+        name, normal = f"{place}_{fingerprint(different)[:6]}", "_".join(classes) or "own"
         folder = Path(self.settings.folder).expanduser().resolve() / self.name / spec.name / name
         flags |= {"data_path": [path]} if (path := self.data_path(spec)) else {}
         flags |= ({"normal_class": classes} if classes else {}) | {"seed": [str(seed)]}
-        return Job(folder / f"{normal}_seed{seed}", script, tuple(to_words(flags)), **more)
+        return Job(folder / f"{normal}_seed{seed}", script, tuple(to_words(flags)), after, parts=parts)
 
     def _preset(self, detector: str) -> Flags:
         preset = self.settings.preset
@@ -204,7 +209,8 @@ def to_words(flags: Flags) -> list[str]:
     return [word for name, values in flags.items() for word in (f"--{name}", *values)]
 
 
-def flags_of(script: str, detector: str) -> set[str]:
+@lru_cache
+def flags_of(script: str, detector: str) -> frozenset[str]:
     """Names of all flags of a script with a detector; raises UserError for an unknown detector."""
     if detector not in DETECTORS:
         raise UserError(f"unknown detector {detector!r}; known are {', '.join(DETECTORS)}")
@@ -213,7 +219,7 @@ def flags_of(script: str, detector: str) -> set[str]:
     }  # fmt: skip
     prefixed = PREFIXED if script == "iterate.py" else {}
     parser = build_parser("", scripts[script], DetectorChoice, DETECTORS[detector][0], **prefixed)
-    return {name.removeprefix("--") for name in parser._option_string_actions} - {"help", "h", "-h"}
+    return frozenset(name.removeprefix("--") for name in parser._option_string_actions if name != "-h")
 
 
 def make_plan(plan: Plan) -> tuple[str, list[Cell]]:
@@ -229,6 +235,8 @@ def make_plan(plan: Plan) -> tuple[str, list[Cell]]:
     cells = make(plan)
     used = {word for job in jobs_of(cells) for word in job.words}
     for name in plan.extra:
+        if name in RESERVED:
+            raise UserError(f"--{name} behind -- is decided by the table; its own flags are before --")
         if f"--{name}" not in used:
             raise UserError(
                 f"--{name} behind -- is a flag of none of the runs; see --help of the scripts in src/"
@@ -277,7 +285,7 @@ def table2(plan: Plan) -> list[Cell]:
         for spec, jobs in group(plan, PAPER_SETS, lambda experiment, row=row: _detect(plan, row, experiment)):
             from_loop = jobs[0].script == "iterate.py"
             part = str(plan.n_rounds(spec)) if from_loop else "test_auc"
-            cells.append(Cell(name, spec.title, jobs, part, paper.TABLE2.get(name, {}).get(spec.name, "")))
+            cells.append(Cell(name, spec.title, jobs, part, paper.table2(name, spec.name)))
     return cells
 
 
@@ -337,9 +345,8 @@ def _initial(plan: Plan, experiment: tuple[DataSetSpec, list[str], int], n: int)
         chosen = ("--detector", DEFAULT_DETECTOR, "--n_anomalies", str(n))
         return plan.job("main.py", f"initial_{n}", experiment, *chosen)
     begun = ("--mode", "add", "--rounds", "0", "--n_initial", str(n))
-    job = plan.job("iterate.py", f"initial_{n}", experiment, *begun)
-    kept = {**to_dict(job.words), "n_initial": [str(n)], "rounds": ["0"]}
-    return dataclasses.replace(job, words=tuple(to_words(kept)))
+    plan = dataclasses.replace(plan, extra={k: v for k, v in plan.extra.items() if k != "n_initial"})
+    return plan.job("iterate.py", f"initial_{n}", experiment, *begun)
 
 
 def ahl(plan: Plan) -> list[Cell]:
