@@ -22,7 +22,8 @@ from tqdm import tqdm
 from kka.errors import UserError, run_script
 from kka.estimates import duration, kind_of_job, median_seconds, total
 from kka.hardness_table import compare
-from kka.plans import PLANS, Plan, PlanSettings, jobs_of, make_plan, to_dict
+from kka.plan_tables import PLANS, jobs_of, make_plan
+from kka.plans import Plan, PlanSettings, to_dict
 from kka.ray_backend import run_on_ray
 from kka.runs import ROOT
 from kka.settings import build_parser, make_settings, option

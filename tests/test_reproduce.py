@@ -14,7 +14,8 @@ import reproduce
 from kka import paper
 from kka.errors import UserError
 from kka.estimates import kind_of_job, median_seconds, total
-from kka.plans import Plan, PlanSettings, jobs_of, make_plan, to_dict
+from kka.plan_tables import jobs_of, make_plan
+from kka.plans import Plan, PlanSettings, to_dict
 from kka.tables import Cell
 
 
@@ -112,6 +113,7 @@ def test_figure_4_and_ahl_and_hardness_have_their_runs(tmp_path):
         (["table9"], ["unknown table 'table9'", "table2, table3"]),
         (["table2", "--rows", "SAD"], ["--rows 'SAD'", "SAD+KKA(add)"]),
         (["table2", "--seeds", "0"], ["--seeds"]),
+        (["table2", "--rows", "SAD+KKA(rep)", "--modes", "add"], ["leave no row"]),
         (["table2", "--data_sets", "mnist"], ["mnist"]),
         (["table2", "--normal_classes", "flowers"], ["flowers", "no such class"]),
         (["table2", "--data", "flower"], ["NAME=DIR"]),
