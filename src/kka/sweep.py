@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kka.files import read_json
-from kka.loop_folder import share_common
 from kka.runs import RESULTS, ROOT
 
 POLL = 0.05  # seconds
@@ -75,6 +74,8 @@ def python_path() -> str:
 def start(job: Job, threads: int, folder: Path) -> subprocess.Popen[bytes]:
     """Start the script with so many threads in the working folder; it ends when this process does."""
     if job.share and job.after:
+        from kka.loop_folder import share_common  # torch, which nothing else here needs
+
         share_common(job.after.folder, job.folder, job.share)
     job.log.parent.mkdir(parents=True, exist_ok=True)
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
