@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from kka.errors import UserError
-from kka.sweep import Job, blocked, failure, is_finished, python_path, start, stop
+from kka.sweep import Job, blocked, failure, is_finished, start, stop
 
 LOCKED = "is in use by"  # what a run says whose folder the process of a lost node still holds
 PATIENCE = 120.0  # seconds until that one must be gone
@@ -25,9 +25,8 @@ def run_on_ray(
         import ray
     except ImportError:
         raise UserError("--backend ray needs Ray; install it with pip install -e '.[ray]'") from None
-    environment = {"env_vars": {"PYTHONPATH": python_path()}}
     try:
-        ray.init(address=address, runtime_env=environment, log_to_driver=False)
+        ray.init(address=address, log_to_driver=False)  # workers get the sys.path of this process
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(f"no Ray cluster at RAY_ADDRESS {address} ({error})") from None
     try:
