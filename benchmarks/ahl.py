@@ -16,6 +16,7 @@ import torch
 from cells import read_cell, run_cell
 from deep_sad import processor, table
 
+from kka import paper
 from kka.detectors.ahl import AHL, AHLSettings, Collaboration
 from kka.detectors.ahl_tasks import FeatureBank, bank_labels, make_tasks
 from kka.detectors.deviation import Groups, find_groups
@@ -43,16 +44,12 @@ class TableSettings:
     out: str = option(str(Path(__file__).parent / "results" / "ahl"), "table without suffix")
 
 
-# Row: (flags, the paper's mean over MVTec AD with ten known anomalies, with one).
-ROWS: dict[str, tuple[list[str], tuple[str, str]]] = {
-    "DevNet": (["--detector", "devnet"], ("94.8", "83.2")),
-    "DRA": (["--detector", "dra"], ("96.6", "88.9")),
-    "AHL(DevNet)": (
-        ["--detector", "ahl", "--base_model", "devnet", "--base_epochs", "50"], ("95.4", "84.3"),
-    ),
-    "AHL(DRA)": (["--detector", "ahl", "--base_model", "dra"], ("97.0", "90.1")),
-}  # fmt: skip
-COLUMN = {10: 0, 1: 1}
+ROWS: dict[str, list[str]] = {
+    "DevNet": ["--detector", "devnet"],
+    "DRA": ["--detector", "dra"],
+    "AHL(DevNet)": ["--detector", "ahl", "--base_model", "devnet", "--base_epochs", "50"],
+    "AHL(DRA)": ["--detector", "ahl", "--base_model", "dra"],
+}
 
 
 def main() -> None:
@@ -83,7 +80,7 @@ def place(row: str, backbone: str, n_known: int, s: TableSettings) -> Path:
 def flags_of(row: str, backbone: str, n_known: int, s: TableSettings) -> list[str]:
     """The flags of src/main.py."""
     words = ["--dataset_name", "mvtec", "--data_path", str(s.data_path), "--normal_class", s.normal_class]
-    words += [*ROWS[row][0], "--preset", "cpu", "--n_anomaly", str(n_known), "--n_anomalies", "0"]
+    words += [*ROWS[row], "--preset", "cpu", "--n_anomaly", str(n_known), "--n_anomalies", "0"]
     words += ["--device", "cpu", "--num_threads", str(s.num_threads), "--backbone", backbone]
     if backbone != "squeezenet1_0":
         return [*words, "--backbone_init", "random"]
@@ -109,8 +106,8 @@ def to_markdown(report: dict[str, Any], s: TableSettings) -> str:
     for row, cells in report["cells"].items():
         found = [cells.get(f"{backbone}, {n}") for backbone, n in columns]
         aucs = [format_interval(cell["aucs"]).partition(" (")[0] if cell else "not run" for cell in found]
-        paper = [ROWS[row][1][COLUMN[n]] if n in COLUMN else "" for n in s.known]
-        rows.append([row, *aucs, *paper])
+        figures = [paper.AHL[row].get(n, "") for n in s.known]
+        rows.append([row, *aucs, *figures])
         keys = ("train_seconds", "peak_mib")
         speeds.append([row, *(f"{cell[key]:.0f}" if cell else "" for cell in found for key in keys)])
     names = [f"{'random ' * (backbone != 'squeezenet1_0')}{backbone}, {n} known" for backbone, n in columns]

@@ -10,7 +10,6 @@ Loops that are finished are not run again, and an interrupted one continues. Wha
 
 import logging
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -28,16 +27,15 @@ from kka.datasets.images import read_image
 from kka.draw import read_captions
 from kka.errors import UserError, run_script
 from kka.files import read_json, write_bytes, write_json
+from kka.loop_folder import share_common
 from kka.metrics import mean_interval
-from kka.runs import CONFIG, RESULTS, ROOT, git_commit
+from kka.runs import RESULTS, ROOT, git_commit
 from kka.settings import build_parser, make_settings, option
 from kka.tiny_glm import is_garden_caption
 
 sys.path.insert(0, str(ROOT / "src"))
 from demo import FLAGS
 
-COMMON = ("none*", "untuned", "round_0", "times.json")
-COMMON_NEXT = ("captions*", "described.json", "fresh", "adapter")  # of round 1
 LOOKS = (("usable", 100), ("in_grammar", 100), ("shared", 1))
 
 log = logging.getLogger("loops")
@@ -83,7 +81,7 @@ def run(flags: list[str], mode: str, seed: int, s: StudySettings) -> dict[str, A
     folder = Path(s.folder) / f"{mode}_{seed}"
     if not (folder / RESULTS).exists():
         for other in s.modes[: s.modes.index(mode)]:
-            share(Path(s.folder) / f"{other}_{seed}", folder, mode)
+            share_common(Path(s.folder) / f"{other}_{seed}", folder, mode)
         last = ["--mode", mode, "--seed", str(seed), "--xp_path", str(folder)]
         command = [sys.executable, str(ROOT / "src" / "iterate.py"), *flags, *last]
         log.info("%s, seed %d", mode, seed)
@@ -114,22 +112,6 @@ def look_at(place: Path, reader: str | None) -> dict[str, Any]:
         pictures = to_tensor([read_image(folder / item.file) for item in items])
         found["follow"] = agreement(load_reader(Path(reader)), pictures, [item.caption for item in items])
     return found
-
-
-def share(done: Path, folder: Path, mode: str) -> None:
-    """Give a loop what another one of the same seed has and the mode does not change."""
-    config = read_json(done / CONFIG)
-    config["identity"]["mode"] = mode
-    write_json(folder / CONFIG, config, indent=2)  # first, as a folder of files without it is nobody's
-    for pattern, part in [*((p, "") for p in COMMON), *((p, "round_1") for p in COMMON_NEXT)]:
-        for path in (done / part).glob(pattern):
-            target = folder / path.relative_to(done)
-            partial = target.with_name(f".{target.name}.partial")
-            if not target.exists():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.rmtree(partial, ignore_errors=True)
-                (shutil.copytree if path.is_dir() else shutil.copy)(path, partial)
-                os.replace(partial, target)
 
 
 def to_markdown(report: dict[str, Any], modes: Sequence[str]) -> str:

@@ -32,13 +32,14 @@ from kka.draw import draw_captions, read_captions
 from kka.drawers import DrawerSettings, build_drawer
 from kka.errors import run_script
 from kka.files import read_json, write_bytes, write_json
+from kka.hardness import RULES, Pool, some
 from kka.language_models import LanguageModelSettings
 from kka.metrics import auroc, format_interval
 from kka.options import ExperimentSettings
 from kka.runs import ROOT, git_commit
 from kka.seeds import derive_seed
 from kka.settings import build_parser, make_settings, option
-from kka.split import hard_anomalies, hardness_threshold
+from kka.split import hardness_threshold
 
 log = logging.getLogger("what_helps")
 
@@ -64,53 +65,36 @@ class HelpSettings:
 
 
 @dataclass(frozen=True)
-class Pool:
+class GardenPool(Pool):
     """Fresh anomalies, none of which a detector was trained on; the first axis is the image."""
 
-    scores: np.ndarray
-    """(N,) by the evaluator that was trained on the base set"""
-    threshold: float
-    """its farthest normal's, Eq. (6)"""
     shared: np.ndarray
     """(N,) attributes in which the caption agrees with the normal flower"""
     follows: np.ndarray
     """(N,) whether the reader sees in the picture all that the caption says"""
 
-    @property
-    def hard(self) -> np.ndarray:
-        """(N,) Eq. (6)."""
-        return hard_anomalies(self.scores, self.threshold)
+
+Chooser = Callable[[GardenPool, np.random.Generator, int], np.ndarray]
 
 
-Chooser = Callable[[Pool, np.random.Generator, int], np.ndarray]
+def rule(name: str) -> Chooser:
+    """One of the rules of kka.hardness."""
+    return lambda pool, rng, n: RULES[name](pool, n, 1, rng)
 
 
-def some(mask: np.ndarray, rng: np.random.Generator, n: int) -> np.ndarray:
-    """Up to n random rows of the mask."""
-    return rng.permutation(np.flatnonzero(mask))[:n]
-
-
-def lowest(mask: np.ndarray, pool: Pool, n: int) -> np.ndarray:
-    """The n rows of the mask with the lowest scores."""
-    rows = np.flatnonzero(mask)
-    return rows[np.argsort(pool.scores[rows], kind="stable")][:n]
-
-
-ALL: Chooser = lambda pool, rng, n: some(np.ones(len(pool.scores), bool), rng, n)  # noqa: E731
-HARD: Chooser = lambda pool, rng, n: some(pool.hard, rng, n)  # noqa: E731
 # Name of a row: (how the new anomalies are chosen, whether they replace random ones of the base set).
 ROWS: dict[str, tuple[Chooser, bool]] = {
     "base set": (lambda pool, rng, n: np.zeros(0, int), False),
-    "add random": (ALL, False),
-    "add hard": (HARD, False),
-    "add hardest": (lambda pool, rng, n: lowest(np.ones(len(pool.scores), bool), pool, n), False),
-    "add semi-hard": (lambda pool, rng, n: lowest(~pool.hard, pool, n), False),
-    "add near": (lambda pool, rng, n: some(pool.shared >= 2, rng, n), False),
-    "add far": (lambda pool, rng, n: some(pool.shared == 0, rng, n), False),
-    "replace by random": (ALL, True),
-    "replace by hard": (HARD, True),
-    "add hard that follow": (lambda pool, rng, n: some(pool.hard & pool.follows, rng, n), False),
-    "add hard that do not": (lambda pool, rng, n: some(pool.hard & ~pool.follows, rng, n), False),
+    "add random": (rule("random"), False),
+    "add hard": (rule("hard"), False),
+    "add hardest": (rule("hardest"), False),
+    "add semi-hard": (rule("semi-hard"), False),
+    "add near": (lambda pool, rng, n: some(pool.shared >= 2, n, rng), False),
+    "add far": (lambda pool, rng, n: some(pool.shared == 0, n, rng), False),
+    "replace by random": (rule("random"), True),
+    "replace by hard": (rule("hard"), True),
+    "add hard that follow": (lambda pool, rng, n: some(pool.hard & pool.follows, n, rng), False),
+    "add hard that do not": (lambda pool, rng, n: some(pool.hard & ~pool.follows, n, rng), False),
 }
 NEED_READER = ("add hard that follow", "add hard that do not")
 
@@ -173,7 +157,7 @@ def load(folder: Path, draw: int, s: HelpSettings) -> Data:
     return load_data(task, digest_task(task), 32, False, 1, False)
 
 
-def judge(data: Data, folder: Path, draw: int, s: HelpSettings) -> Pool:
+def judge(data: Data, folder: Path, draw: int, s: HelpSettings) -> GardenPool:
     """What the evaluator of the base set, the captions and the reader say of the pool."""
     pool = slice(s.n_base, None)
     evaluator = train(data, np.arange(s.n_base), draw, s)
@@ -184,15 +168,17 @@ def judge(data: Data, folder: Path, draw: int, s: HelpSettings) -> Pool:
     if s.reader:
         found = read(load_reader(Path(s.reader)), to_tensor(pictures))
         follows = ((found == named) | (named < 0)).all(1)
-    return Pool(
-        evaluator.score(data.generated.resized[pool]).numpy(),
+    images = data.generated.resized[pool]
+    return GardenPool(
+        evaluator.score(images).numpy(),
         hardness_threshold(evaluator.score(data.normals.resized).numpy()),
+        evaluator.embed(images).numpy(),
         (named == normal).sum(1).numpy(),
         follows.numpy(),
     )
 
 
-def choose(name: str, pool: Pool, draw: int, s: HelpSettings) -> np.ndarray:
+def choose(name: str, pool: GardenPool, draw: int, s: HelpSettings) -> np.ndarray:
     """Anomalies that a row of the table is trained on; those of the pool are numbered behind the base's."""
     chooser, replaces = ROWS[name]
     rng = np.random.default_rng(derive_seed(draw, name))

@@ -11,7 +11,6 @@ interrupted loop continues with the same command.
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,25 +18,12 @@ from kka.algorithm import run_kka
 from kka.command_line import parse_command
 from kka.datasets import get_spec
 from kka.datasets.sources import data_root
-from kka.detectors.frozen import FrozenSettings
-from kka.drawers import DrawerSettings
 from kka.errors import run_script
 from kka.experiment import check_detector, fill_epochs, find_device
-from kka.language_models import LanguageModelSettings
-from kka.loop import Loop, LoopSettings
+from kka.loop import PREFIXED, Loop, LoopSettings
 from kka.loop_folder import check_loop, default_folder, opened, report_loop
-from kka.pairs import PairSettings
-from kka.preference_trainer import TuneSettings
 from kka.settings import make_settings, take_prefix
 from kka.tracking import check_report_to
-
-PREFIXED: dict[str, type[Any]] = {
-    "llm": LanguageModelSettings,
-    "drawer": DrawerSettings,
-    "tune": TuneSettings,
-    "pairs": PairSettings,
-    "evaluator": FrozenSettings,
-}
 
 
 def main() -> None:

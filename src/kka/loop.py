@@ -41,6 +41,14 @@ from kka.tune import tune
 
 CAPTIONS = "captions.jsonl"
 TUNED = Path("tuning") / "results.json"  # in the folder of a finished adapter
+# Settings of the parts of a loop by the beginning of their flags.
+PREFIXED: dict[str, type[Any]] = {
+    "llm": LanguageModelSettings,
+    "drawer": DrawerSettings,
+    "tune": TuneSettings,
+    "pairs": PairSettings,
+    "evaluator": FrozenSettings,
+}
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,8 @@
 """The folder of a loop, and the table at its end."""
 
 import logging
+import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +17,7 @@ from kka.loop import Loop, describe_settings
 from kka.metrics import format_interval
 from kka.networks.backbones import content_of_weights
 from kka.picture import draw_loop, split_rows
-from kka.runs import RESULTS, ROOT, claim, fingerprint, locked, write_config
+from kka.runs import CONFIG, RESULTS, ROOT, claim, fingerprint, locked, write_config
 
 # Settings of a loop that decide where or how fast it runs, not its numbers.
 PLACE = frozenset(
@@ -135,6 +137,28 @@ def _percent(value: float) -> str:
 def _mean(aucs: Sequence[float | None]) -> str:
     known = [auc for auc in aucs if auc is not None]
     return f"{format_interval(known)} %" if known else "n/a"
+
+
+# What the mode of a loop does not change: the part without anomalies, round 0, and in round 1 the tuned LLM
+# and its images.
+COMMON = ("none*", "untuned", "round_0", "times.json")
+COMMON_NEXT = ("captions*", "described.json", "fresh", "adapter")
+
+
+def share_common(done: Path, folder: Path, mode: str) -> None:
+    """Give the loop in `folder` what the finished one of another mode has and the mode does not change."""
+    config = read_json(done / CONFIG)
+    config["identity"]["mode"] = mode
+    write_json(folder / CONFIG, config, indent=2)  # first, as a folder of files without it is nobody's
+    for pattern, part in [*((p, "") for p in COMMON), *((p, "round_1") for p in COMMON_NEXT)]:
+        for path in (done / part).glob(pattern):
+            target = folder / path.relative_to(done)
+            partial = target.with_name(f".{target.name}.partial")
+            if not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(partial, ignore_errors=True)
+                (shutil.copytree if path.is_dir() else shutil.copy)(path, partial)
+                os.replace(partial, target)
 
 
 def check_loop(loop: Loop) -> None:

@@ -15,8 +15,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from kka.errors import UserError
 from kka.files import read_json, write_json
 
@@ -141,6 +139,8 @@ def write_config(folder: Path, identity: Mapping[str, Any], settings: Mapping[st
 
 def machine() -> dict[str, Any]:
     """Processor, threads and accelerator."""
+    import torch  # seconds, which those who only look for runs do not need
+
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     return {
         "system": platform.platform(),

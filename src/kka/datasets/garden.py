@@ -181,6 +181,11 @@ def make_garden(out: Path, seed: int = 0, n_anomalies: int = 200) -> None:
     (out / "garden.partial.json").unlink()
 
 
+def draw_anomalies(out: Path, seed: int, n: int) -> None:
+    """Write `n` pictures of flowers that are no species of the garden into `<out>/0`; done once."""
+    _write_split(out, seed, ANOMALY_FOLDER, "train", 1, n)
+
+
 def _is_finished(out: Path, settings: dict[str, int]) -> bool:
     for record in (out / "garden.json", out / "garden.partial.json"):
         if record.exists():

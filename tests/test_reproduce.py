@@ -1,0 +1,208 @@
+"""src/reproduce.py: which runs a table has, and a table from scratch."""
+
+import json
+import re
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from fabricated import write_loop, write_run, write_study
+from toy import USER_DICT, call_script, read_json, refused, snapshot
+
+import reproduce
+from kka import paper
+from kka.errors import UserError
+from kka.estimates import kind_of_job, median_seconds, total
+from kka.plan_tables import jobs_of, make_plan
+from kka.plans import Plan, PlanSettings, to_dict
+from kka.tables import Cell
+
+
+def plan_of(name: str, extra: str = "", **settings: object) -> tuple[str, list[Cell]]:
+    return make_plan(Plan(name, PlanSettings(**settings), to_dict(extra.split())))
+
+
+def test_table_2_has_every_row_and_set_and_one_loop_for_all_detectors():
+    _, cells = plan_of("table2", seeds=2)
+    assert {cell.row for cell in cells} >= set(paper.TABLE2)
+    assert {cell.column for cell in cells} == {"CIFAR-100", "Oxford-102", "UCM-Caption"}
+    jobs = jobs_of(cells)
+    assert len(jobs) == len({job.folder for job in jobs}) == 3 * 2 * (7 + 2 * 4)
+    loops = [job for job in jobs if job.script == "iterate.py"]
+    assert len(loops) == 3 * 2 * 2
+    for k, job in enumerate(jobs):
+        assert job.after is None or job.after.folder in {before.folder for before in jobs[:k]}
+    fed = next(job for job in jobs if "simplenet_rep" in str(job.folder) and "flower" in str(job.folder))
+    assert f"{fed.after.folder}/round_2/0" in fed.words
+    assert fed.after.share == "rep"
+
+
+def test_figures_of_the_paper_stand_beside_the_cells():
+    _, cells = plan_of("table3", seeds=1)
+    assert [c.paper for c in cells if c.row == "Oxford-102, rep"] == list(paper.TABLE3["flower"])
+    _, cells = plan_of("table4", seeds=1)
+    assert [c.paper for c in cells] == list(paper.TABLE4["cifar100"])
+    assert "--normal_class 5" in " ".join(cells[0].jobs[0].words)
+
+
+def test_classes_seeds_and_folders_are_expanded(tmp_path):
+    given = ("flower:26", "flower:57", "ucm_caption:20+21")
+    _, cells = plan_of(
+        "table2", seeds=3, normal_classes=given, rows=("SSD",), data_sets=("flower", "ucm_caption"),
+        data=(f"flower={tmp_path}",), preset="small",
+    )  # fmt: skip
+    flower, ucm = cells
+    assert len(flower.jobs) == 6
+    assert len(ucm.jobs) == 3
+    words = " ".join(ucm.jobs[2].words)
+    assert "--normal_class 20 21 --seed 2" in words
+    assert "--preset small" in words
+    assert f"--data_path {tmp_path}" in " ".join(flower.jobs[0].words)
+    assert "--data_path" not in words
+
+
+def test_further_flags_go_to_the_runs_that_have_them_and_to_other_folders():
+    before = {job.folder for job in jobs_of(plan_of("table2", seeds=1)[1])}
+    _, cells = plan_of("table2", "--n_epochs 3 --llm_model tiny --lr_milestone 1 2", seeds=1)
+    for job in jobs_of(cells):
+        words = " ".join(job.words)
+        assert ("--llm_model tiny" in words) == (job.script == "iterate.py")
+        assert ("--lr_milestone 1 2" in words) == ("deep_sad" in words or job.script == "iterate.py")
+        if "simplenet" in words or job.script == "iterate.py":
+            assert "--n_epochs 3" in words
+            assert job.folder not in before
+
+
+def test_anomalies_of_another_llm_are_another_run():
+    folders = [
+        {job.folder.parent.name for job in jobs_of(plan_of("table2", extra, seeds=1)[1]) if job.after}
+        for extra in ("--llm_model a", "--llm_model b")
+    ]
+    assert not folders[0] & folders[1]
+
+
+def test_a_loop_is_shared_only_where_both_modes_are_made():
+    assert all(job.after is None for job in jobs_of(plan_of("table3", seeds=1)[1]))
+    jobs = jobs_of(plan_of("table3", seeds=2, modes=("rep", "add"), data_sets=("garden",))[1])
+    assert [job.after.folder.name if job.after else "" for job in jobs] == ["", "own_seed0", "", "own_seed1"]
+
+
+def test_figure_4_and_ahl_and_hardness_have_their_runs(tmp_path):
+    _, cells = plan_of("figure4", "--n_initial 100", seeds=1, sizes=(50, 800))
+    assert [cell.row for cell in cells] == [
+        "initial, 50",
+        "initial, 800",
+        *(f"KKA({k}), add" for k in range(3)),
+    ]
+    assert "--n_initial 50" in " ".join(cells[0].jobs[0].words)
+    for name in ("screw", "cable"):
+        (tmp_path / name / "train" / "good").mkdir(parents=True)
+    _, cells = plan_of("ahl", seeds=1, data=(f"mvtec={tmp_path}",))
+    assert [cell.paper for cell in cells][:2] == ["94.8", "83.2"]
+    assert [job.folder.name for job in cells[0].jobs] == ["cable_seed0", "screw_seed0"]
+    _, cells = plan_of("hardness", "--n_base 10 --selections hard", seeds=1, rows=("deep_sad", "ssd"))
+    assert ("sets", "10", "aucs", "rep hard") in cells[1].jobs[0].parts
+    more = plan_of("hardness", "--n_base 10 20 --selections hard easy", seeds=1)[1]
+    assert more[0].jobs[0].folder == cells[0].jobs[0].folder  # a study grows
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["table9"], ["unknown table 'table9'", "table2, table3"]),
+        (["table2", "--rows", "SAD"], ["--rows 'SAD'", "SAD+KKA(add)"]),
+        (["table2", "--seeds", "0"], ["--seeds"]),
+        (["table2", "--rows", "SAD+KKA(rep)", "--modes", "add"], ["leave no row"]),
+        (["table2", "--data_sets", "mnist"], ["mnist"]),
+        (["table2", "--normal_classes", "flowers"], ["flowers", "no such class"]),
+        (["table2", "--data", "flower"], ["NAME=DIR"]),
+        (["table3", "--modes", "replace"], ["--modes", "replace"]),
+        (["table3", "--jobs", "0"], ["--jobs"]),
+        (["table2", "--", "--n_epoch", "5"], ["--n_epoch behind --"]),
+        (["table2", "--", "--detector", "ssd"], ["--detector", "decided by the table"]),
+        (["table2", "--", "five"], ["'five'"]),
+        (["hardness", "--rows", "svm"], ["unknown detector 'svm'"]),
+        ([], ["NAME"]),
+    ],
+)
+def test_bad_input_is_one_sentence(words, parts, tmp_path):
+    outcome = call_script(reproduce.main, ["reproduce.py", *words])
+    refused(outcome, *parts)
+
+
+def test_a_dry_run_makes_nothing_and_estimates_from_earlier_runs(tmp_path, capsys):
+    for k, seconds in enumerate((2.0, 4.0, 90.0)):
+        job = write_run(tmp_path / "log" / "old" / str(k))
+        results = {**read_json(job.folder / "results.json"), "train_time": seconds}
+        (job.folder / "results.json").write_text(json.dumps(results))
+    before = snapshot(tmp_path)
+    words = ["reproduce.py", "table2", "--dry_run", "--folder", str(tmp_path / "log"), "--seeds", "2"]
+    words += ["--data_sets", "flower", "--rows", "Deep SAD", "SSD"]
+    assert call_script(reproduce.main, words).code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rpartition("# ")[2] for line in lines[:-1]] == ["no estimate yet"] * 2 + ["about 5 s"] * 2
+    assert lines[-1] == "4 runs to make: about 10 s, 1 at once, and 2 without an estimate yet"
+    assert "main.py --dataset_name flower --detector ssd --n_anomalies 0" in lines[0]
+    assert snapshot(tmp_path) == before
+
+
+def test_loops_and_studies_are_estimated_too(tmp_path):
+    loop, study = write_loop(tmp_path / "a", [0.5], [0.6]), write_study(tmp_path / "b", 0, base=0.5)
+    known = median_seconds(tmp_path)
+    assert (known[kind_of_job(loop)], known[kind_of_job(study)]) == (5.0, 60.0)
+    assert total([loop, study], known, 2) == "2 runs to make: about 32 s, 2 at once"
+
+
+@pytest.fixture(scope="module")
+def swept(toy_set, tmp_path_factory):
+    """A small table, made by the script."""
+    folder = tmp_path_factory.mktemp("swept")
+    assert sweep_toy(toy_set, folder).code == 0
+    return folder
+
+
+def sweep_toy(root: Path, folder: Path, *extra: str, seeds: int = 2):
+    """Table II's Deep SAD on the toy set."""
+    words = ["table2", "--data_sets", "ucm_caption", "--data", f"ucm_caption={root}", "--rows", "Deep SAD"]
+    words += ["SAD+KKA(add)", "--anomalies", "folder", "--modes", "add", "--seeds", str(seeds), "--jobs", "2"]
+    words += ["--normal_classes", "1", "--folder", str(folder / "log"), "--out", str(folder / "table")]
+    words += ["--", "--n_epochs", "1", "--pretrain", "False", "--batch_size", "8", "--device", "cpu"]
+    words += ["--user_dict", json.dumps(USER_DICT), *extra]
+    return call_script(reproduce.main, ["reproduce.py", *words])
+
+
+def test_a_table_from_scratch(swept, capsys):
+    table = read_json(swept / "table.json")
+    assert table["columns"] == ["UCM-Caption"]
+    assert [row["name"] for row in table["rows"]] == ["Deep SAD", "SAD+KKA(add)"]
+    for row in table["rows"]:
+        assert re.fullmatch(r"\d+\.\d\d ± \d+\.\d\d \(n = 2\)", row["cells"][0]["text"])
+    assert table["rows"][1]["cells"][0]["paper"] == "74.98 ± 0.49"
+    assert any(
+        "batch_size 8 (32), n_epochs 1 (300), pretrain False (True)" in note for note in table["notes"]
+    )
+    assert any("folder 0" in note for note in table["notes"])
+
+
+def test_finished_runs_are_read_and_not_made_again(swept, toy_set):
+    before = snapshot(swept)
+    began = time.monotonic()
+    assert sweep_toy(toy_set, swept).code == 0
+    assert time.monotonic() - began < 5
+    assert snapshot(swept) == before
+
+
+def test_a_run_that_fails_is_told_behind_the_table(toy_set, tmp_path):
+    outcome = sweep_toy(toy_set, tmp_path, "--lr", "-1", seeds=1)
+    refused(outcome, "--lr must be above 0", "2 of 2 runs failed", "the table has what is finished")
+    cells = [row["cells"][0]["text"] for row in read_json(tmp_path / "table.json")["rows"]]
+    assert cells == ["not run", "not run"]
+
+
+def test_without_ray_the_message_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    from kka.ray_backend import run_on_ray
+
+    with pytest.raises(UserError, match=r"pip install -e '\.\[ray\]'"):
+        next(run_on_ray([], 0, 1, 0, None))

@@ -1,0 +1,145 @@
+"""Tables from finished runs."""
+
+import csv
+
+import numpy as np
+import pytest
+import scipy.stats
+from fabricated import write_loop, write_run, write_study
+from toy import read_json
+
+from kka.hardness_table import compare
+from kka.metrics import mean_interval
+from kka.tables import Cell, read_results, tabulate, to_latex, to_markdown, write_table
+
+
+def only_cell(table: dict) -> dict:
+    return table["rows"][0]["cells"][0]
+
+
+def test_a_cell_is_mean_and_t_interval_as_scipy_has_it(tmp_path):
+    aucs = [0.81, 0.842, 0.79, 0.9]
+    jobs = tuple(write_run(tmp_path / str(k), auc, seed=k) for k, auc in enumerate(aucs))
+    table = tabulate("T", [Cell("row", "column", jobs, paper="68.21 ± 2.23")])
+    low, high = scipy.stats.t.interval(0.95, 3, np.mean(aucs), scipy.stats.sem(aucs))
+    mean, half = mean_interval(aucs)
+    assert (mean - half, mean + half) == pytest.approx((low, high), rel=1e-12)
+    assert only_cell(table) == {
+        "text": f"{100 * np.mean(aucs):.2f} ± {50 * (high - low):.2f} (n = 4)",
+        "aucs": aucs, "paper": "68.21 ± 2.23", "runs": 4,
+    }  # fmt: skip
+
+
+def test_one_run_shows_no_interval(tmp_path):
+    table = tabulate("T", [Cell("row", "column", (write_run(tmp_path / "a"),))])
+    assert only_cell(table)["text"] == "80.00 (n = 1)"
+
+
+@pytest.mark.parametrize(
+    ("auc", "said"),
+    [(float("nan"), "AUC of nan"), (None, "one class only"), (1.5, "AUC of 1.5"), ("x", "AUC of x")],
+)
+def test_a_run_without_a_figure_is_named_and_not_averaged(tmp_path, auc, said):
+    jobs = (write_run(tmp_path / "good"), write_run(tmp_path / "bad", auc, seed=1))
+    table = tabulate("T", [Cell("row", "column", jobs)])
+    assert only_cell(table)["text"] == "80.00 (n = 1 of 2)"
+    assert any(said in note and str(tmp_path / "bad") in note for note in table["notes"])
+
+
+def test_missing_unfinished_and_damaged_runs_are_named(tmp_path):
+    names = ("missing", "unfinished", "damaged", "foreign")
+    missing, unfinished, damaged, foreign = (write_run(tmp_path / name) for name in names)
+    for path in missing.folder.iterdir():
+        path.unlink()
+    missing.folder.rmdir()
+    (unfinished.folder / "results.json").unlink()
+    (damaged.folder / "results.json").write_text('{"test_auc": 0.')
+    (foreign.folder / "config.json").write_text("[]")
+    table = tabulate("T", [Cell("row", "column", (missing, unfinished, damaged, foreign))])
+    assert only_cell(table) == {"text": "not run", "aucs": [], "paper": "", "runs": 0}
+    for name, words in zip(names, ("missing", "not finished", "damaged", "not from a run"), strict=True):
+        assert any(str(tmp_path / name) in note and words in note for note in table["notes"])
+
+
+def test_mixed_settings_are_no_cell(tmp_path):
+    same = (write_run(tmp_path / "a"), write_run(tmp_path / "b", seed=1, num_threads=4, normal_class=[3]))
+    assert only_cell(tabulate("T", [Cell("row", "column", same)]))["runs"] == 2
+    mixed = (*same, write_run(tmp_path / "c", seed=2, lr=0.01))
+    table = tabulate("T", [Cell("row", "column", mixed)])
+    assert only_cell(table)["text"] == "mixed settings"
+    assert only_cell(table)["aucs"] == []
+    assert any("lr (0.0001, 0.01)" in note for note in table["notes"])
+
+
+def test_rounds_of_a_loop_are_means_of_their_detectors(tmp_path):
+    job = write_loop(tmp_path / "loop", [0.5, 0.7], [0.8, 0.9], [0.7, 0.7])
+    cells = [Cell("rep", name, (job,), part) for name, part in (("none", "none"), ("0", "0"), ("2", "2"))]
+    table = tabulate("T", cells)
+    assert [cell["aucs"] for cell in table["rows"][0]["cells"]] == [
+        pytest.approx([0.6]),
+        pytest.approx([0.85]),
+        [],
+    ]
+    assert any("no result of 2" in note for note in table["notes"])
+
+
+def test_notes_say_what_stands_in_for_what_and_no_path(tmp_path):
+    job = write_loop(tmp_path / "loop", [0.5], [0.8])
+    notes = " ".join(tabulate("T", [Cell("rep", "0", (job,), "0")])["notes"])
+    assert "LLM: tiny_glm" in notes
+    assert "stands in for zai-org/glm-4-9b-chat-hf" in notes
+    assert "nearest captioned image" in notes
+    assert "H100" in notes
+    assert "someone" not in notes
+
+
+def test_notes_name_settings_that_are_not_the_papers(tmp_path):
+    jobs = (write_run(tmp_path / "a", lr=0.01, dataset_name="garden", n_epochs=5),)
+    notes = " ".join(tabulate("T", [Cell("SAD", "garden", jobs)])["notes"])
+    assert "SAD: lr 0.01 (0.0001), n_epochs 5 (200)." in notes
+    assert "stands in for Oxford-102" in notes
+    notes = " ".join(tabulate("T", [Cell("SAD", "flower", (write_run(tmp_path / "b"),))])["notes"])
+    assert "Not the paper's" not in notes
+
+
+def test_scores_of_images_are_passed_over(tmp_path):
+    job = write_run(tmp_path / "a")
+    assert read_results(job.folder / "results.json") == {
+        **read_json(job.folder / "results.json"), "test_scores": None,
+    }  # fmt: skip
+
+
+def test_four_files_say_the_same(tmp_path):
+    jobs = tuple(write_run(tmp_path / str(k), 0.8 + k / 100, seed=k) for k in range(2))
+    cells = [
+        Cell("A & B_1", "x", jobs, paper="70.00 ± 1.00"),
+        Cell("C", "x", jobs[:1]),
+        Cell("C", "y", jobs[:1]),
+    ]
+    table = tabulate("T", cells)
+    write_table(table, tmp_path / "tables" / "t")
+    assert read_json(tmp_path / "tables" / "t.json") == table
+    text = to_markdown(table)
+    assert "|  | x | paper | y |" in text
+    assert "| C | 80.00 (n = 1) |  | 80.00 (n = 1) |" in text
+    with open(tmp_path / "tables" / "t.csv") as file:
+        first = next(csv.DictReader(file))
+    assert float(first["mean"]) == pytest.approx(0.805)
+    assert first["values"] == "0.8 0.81"
+    latex = to_latex(table)
+    assert r"A \& B\_1 & 80.50 $\pm$" in latex
+    assert len({line.count(" & ") for line in latex.splitlines() if line.endswith(r"\\")}) == 1
+
+
+def test_studies_are_compared_in_pairs(tmp_path):
+    jobs = (
+        write_study(tmp_path / "0", 0, base=0.70, add_random=0.75, add_hard=0.80),
+        write_study(tmp_path / "1", 1, base=0.50, add_random=0.55, add_hard=0.60),
+    )
+    rows = {row["name"]: row["cells"] for row in compare("T", [Cell("deep_sad", "Oxford-102", jobs)])["rows"]}
+    hard, new, auc, against, base = rows["Oxford-102, deep_sad, 50: add hard"]
+    assert (hard["text"], new["text"]) == ("25", "9")
+    assert auc["aucs"] == [0.8, 0.6]
+    assert against["text"] == "+5.00 ± 0.00"  # though the AUCs themselves lie 20 points apart
+    assert base["text"] == "+10.00 ± 0.00"
+    assert rows["Oxford-102, deep_sad, 50: base"][4]["text"] == ""
