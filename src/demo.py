@@ -1,8 +1,8 @@
 """`make demo`: Algorithm 1 on drawn flowers, two rounds, in minutes and without network, GPU or data.
 
-The LLM is a tiny one that this project has trained itself (see src/kka/garden_models), a stand-in for GLM-4,
-and the garden itself draws its captions, a stand-in for Stable Diffusion. It is src/iterate.py with the flags
-below; further ones go behind `python src/demo.py`.
+LLM and text-to-image model are tiny ones that this project has trained itself (see src/kka/garden_models),
+stand-ins for GLM-4 and Stable Diffusion. It is src/iterate.py with the flags below; further ones go behind
+`python src/demo.py`.
 """
 
 import shlex
@@ -30,7 +30,12 @@ FLAGS = {
     "pretrain": False,
     "llm_model": MODELS / "glm",
     "llm_device": "cpu",
-    "drawer_backend": "garden",
+    "drawer_backend": "diffusers",
+    "drawer_model": MODELS / "diffusion",
+    "drawer_preset": "own",
+    "drawer_steps": 15,
+    "drawer_guidance": 3.0,
+    "drawer_device": "cpu",
     "draw_batch": 40,
     "pairs_validation_share": 0.3,
     "tune_device": "cpu",
