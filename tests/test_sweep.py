@@ -85,9 +85,10 @@ def gone(pid: int) -> bool:
 
 
 SWEEP = """
-import sys
+import signal, sys
 from pathlib import Path
 from kka.sweep import Job, run_local
+signal.signal(signal.SIGINT, signal.default_int_handler)  # some shells ignore it in the background
 folder, script = Path(sys.argv[1]), sys.argv[2]
 longs = [Job(folder / f"long{k}", script, ("--wait", "60")) for k in (0, 1)]
 jobs = [Job(folder / "short", script, ()), *longs]
