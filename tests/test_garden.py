@@ -85,6 +85,19 @@ def test_same_seed_same_files_even_after_an_interruption(small_garden, tmp_path,
     assert digests(tmp_path / "again") == digests(small_garden)
 
 
+def test_two_processes_may_draw_the_same_garden(small_garden, tmp_path, monkeypatch):
+    original = garden._write_split
+
+    def let_the_other_finish_first(*place):
+        monkeypatch.setattr(garden, "_write_split", original)
+        garden.make_garden(tmp_path / "both", seed=1, n_anomalies=8)
+        original(*place)
+
+    monkeypatch.setattr(garden, "_write_split", let_the_other_finish_first)
+    garden.make_garden(tmp_path / "both", seed=1, n_anomalies=8)
+    assert digests(tmp_path / "both") == digests(small_garden)
+
+
 def test_finished_garden_is_left_alone_and_another_one_refused(small_garden, tmp_path):
     before = digests(small_garden)
     garden.make_garden(small_garden, seed=1, n_anomalies=8)

@@ -178,7 +178,7 @@ def make_garden(out: Path, seed: int = 0, n_anomalies: int = 200) -> None:
             bar.update(count)
     n_images = sum(count for *_, count in plan)
     write_json(out / "garden.json", {**settings, "n_species": N_SPECIES, "n_images": n_images}, indent=2)
-    (out / "garden.partial.json").unlink()
+    (out / "garden.partial.json").unlink(missing_ok=True)  # another process may have drawn the same
 
 
 def draw_anomalies(out: Path, seed: int, n: int) -> None:
