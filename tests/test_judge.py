@@ -4,13 +4,18 @@ import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from anomaly_sets import draw_set
+from PIL import Image
 from toy import read_json, run_toy, write_toy_set
 
 from kka.anomalies import live, read_items
 from kka.datasets import get_spec
-from kka.judge import hard_share
+from kka.datasets.images import read_like
+from kka.judge import hard_share, judge_folder
+from kka.run import load_detector, load_native
 
 SCRIPT = Path(__file__).resolve().parents[1] / "create" / "update_anomalies.py"
 SPEC = get_spec("garden")
@@ -61,6 +66,22 @@ def test_hard_ones_enter_by_the_threshold_of_the_run(call, world, tmp_path):
     assert len(live(read_items(tmp_path / "next"))) == 6 + n_hard
     assert f"{100 * n_hard / 5:.1f} % of the images" in out
     assert f"{n_hard} added, 0 left" in out
+
+
+def test_a_run_of_swapped_colours_judges_swapped_colours(world, tmp_path):
+    outcome = run_toy(
+        world / "data", tmp_path / "run", dataset_name="garden", anomaly_path=world / "set", n_epochs=2,
+        bgr=True, pretrain=False, ae_n_epochs=None, ae_batch_size=None,
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.stderr
+    judge_folder(tmp_path / "run", world / "fresh", SPEC, torch.device("cpu"))
+    scores = [item.score for item in read_items(world / "fresh")]
+    paths = [world / "fresh" / item.file for item in read_items(world / "fresh")]
+    detector, native = load_detector(tmp_path / "run", torch.device("cpu")), load_native(tmp_path / "run")
+    pictures = [read_like(path, native).resize((32, 32), Image.Resampling.BILINEAR) for path in paths]
+    swapped = np.stack([np.asarray(picture)[..., ::-1] for picture in pictures]).transpose(0, 3, 1, 2)
+    expected = detector.score(torch.from_numpy(np.ascontiguousarray(swapped)))
+    assert scores == pytest.approx(expected.tolist(), rel=1e-5)
 
 
 def test_the_current_set_gets_the_split_of_the_run(call, world):

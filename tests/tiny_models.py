@@ -98,10 +98,9 @@ def tiny_adapter(folder: Path, base: Path, base_name: str | None = None) -> Path
     from transformers import AutoModelForCausalLM
 
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base),
-        LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False),
-    )
+    config = LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
+    with seeded(0, "tiny_adapter"):  # some random ones hardly ever end a caption
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     if base_name is not None:
         model.peft_config["default"].base_model_name_or_path = base_name
     model.save_pretrained(folder, save_embedding_layers=False)

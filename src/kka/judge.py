@@ -8,17 +8,17 @@ import torch
 
 from kka.anomalies import MODES, PER_ROUND, Updated, live, read_items, record_split, update
 from kka.datasets import get_spec
-from kka.datasets.images import content_digest, decode
 from kka.datasets.layout import DataSetSpec
 from kka.datasets.task import read_anomalies
 from kka.errors import UserError
 from kka.files import read_json
 from kka.results import MODEL_CARD, Scored
-from kka.run import load_detector, load_native
+from kka.run import load_detector
 from kka.runs import RESULTS
 from kka.seeds import derive_seed
 from kka.settings import option
 from kka.split import easy_anomalies, hard_anomalies
+from kka.trained import views
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,7 @@ def judge_folder(run: Path, folder: Path, spec: DataSetSpec, device: torch.devic
     """
     detector, card = load_detector(run, device), read_json(run / MODEL_CARD)
     images = read_anomalies(folder, spec)
-    size = detector.image_size
-    digest, native = content_digest(images.paths), load_native(run)
-    resized = decode(images.paths, digest, 0, size, name="fresh anomalies", native=native).resized
-    scores = detector.score(resized).double().numpy()
+    scores = detector.score(views(run, detector, images, "fresh anomalies")).double().numpy()
     hard = hard_anomalies(scores, card["threshold"])
     index = tuple(range(len(images)))
     easy = easy_anomalies(scores, hard)

@@ -7,10 +7,10 @@ import torch
 from sklearn.cluster import KMeans
 from sklearn.covariance import ledoit_wolf
 
-from kka.datasets.images import content_digest, decode
 from kka.datasets.layout import Images
 from kka.errors import UserError
 from kka.run import load_detector
+from kka.trained import views
 
 
 # Eq. (1)
@@ -49,9 +49,8 @@ def select_representatives(features: np.ndarray, n_clusters: int, seed: int = 0)
 def representatives(run: Path, normals: Images, n_clusters: int, seed: int = 0) -> list[int]:
     """`select_representatives` on the features of a trained detector. Indices into `normals`."""
     detector = load_detector(run, torch.device("cpu"))
-    digest = content_digest(normals.paths)
-    images = decode(normals.paths, digest, 0, detector.image_size, name="normal images").resized
-    return select_representatives(detector.embed(images).numpy(), n_clusters, seed)
+    features = detector.embed(views(run, detector, normals, "normal images")).numpy()
+    return select_representatives(features, n_clusters, seed)
 
 
 def _closest(members: np.ndarray, features: np.ndarray) -> int:

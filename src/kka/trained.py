@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from kka.datasets.images import content_digest, decode
+from kka.datasets.layout import Images
 from kka.datasets.native import Native
 from kka.detectors import DETECTORS
 from kka.detectors.contract import Detector
@@ -57,6 +60,15 @@ def open_model(path: Path, device: torch.device) -> Trained:
         raise UserError(
             f"--model {run} is damaged or of another version of this program ({reason}); train it anew"
         ) from None
+
+
+def views(run: Path, detector: Detector, images: Images, name: str) -> Tensor:
+    """(N, 3, S, S) uint8: what the run's detector is given; generated images made like its normals."""
+    decoded = decode(
+        images.paths, content_digest(images.paths), 0, detector.image_size, name=name,
+        native=load_native(run), generated=images.generated,
+    )  # fmt: skip
+    return decoded.resized.flip(1) if read_json(run / MODEL_CARD)["channels"] == "BGR" else decoded.resized
 
 
 def find_run(path: Path) -> Path:

@@ -11,21 +11,19 @@ from sklearn.manifold import TSNE
 
 from kka.anomalies import Item, read_lines
 from kka.datasets import get_spec
-from kka.datasets.images import content_digest, decode
 from kka.datasets.layout import Images
 from kka.datasets.task import Task
 from kka.experiment import choose_task
 from kka.figures.charts import Curve, Scores, Share, Size, score_unit
 from kka.figures.images import Row, Shown
-from kka.files import read_json
 from kka.metrics import auroc
 from kka.options import ExperimentSettings
 from kka.picture import split_items
 from kka.report.sources import TUNING, UNTUNED, FinishedRun, Group, LoopRecord
-from kka.results import MODEL_CARD
-from kka.run import load_detector, load_native
+from kka.run import load_detector
 from kka.runs import ROOT
 from kka.settings import make_settings
+from kka.trained import views
 
 COLUMNS = 8  # images in a row of Fig. 3
 MAX_POINTS = 400  # of a kind in a latent space
@@ -257,13 +255,8 @@ def _latent_images(run: FinishedRun, data_path: str | None) -> tuple[Images, np.
 
 def features_of(run: Path, images: Images) -> np.ndarray:
     """(N, D) features of images by the detector of a run."""
-    detector, card = load_detector(run, torch.device("cpu")), read_json(run / MODEL_CARD)
-    digest, native = content_digest(images.paths), load_native(run)
-    size = detector.image_size
-    decoded = decode(
-        images.paths, digest, 0, size, name="images", native=native, generated=images.generated
-    ).resized
-    return detector.embed(decoded.flip(1) if card["channels"] == "BGR" else decoded).numpy()
+    detector = load_detector(run, torch.device("cpu"))
+    return detector.embed(views(run, detector, images, "images")).numpy()
 
 
 def embed_2d(features: np.ndarray, seed: int = 0) -> np.ndarray:
