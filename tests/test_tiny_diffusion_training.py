@@ -117,6 +117,8 @@ def test_training_on_keeps_the_autoencoder(trained, tmp_path):
         for folder in (trained, tmp_path / "more")
     )
     assert [name for name in before if before[name] == after[name]] == ["vae"]
+    texts = [path.read_text() for path in (tmp_path / "more").rglob("*.json")]
+    assert not any(str(trained.parent) in text for text in texts)
     assert (
         losses(tmp_path / "more.training", "denoiser")[0]
         < losses(trained.with_name("diffusion.training"), "denoiser")[0]

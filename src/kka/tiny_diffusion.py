@@ -245,8 +245,10 @@ def save(pipe: Any, folder: Path) -> None:
     """Write half-precision weights that are computed in single precision unless asked otherwise."""
     pipe.to(torch.float16).save_pretrained(folder)
     pipe.to(torch.float32)
-    card = folder / "text_encoder" / "config.json"
-    write_json(card, {**read_json(card), "dtype": "float32"}, indent=2)
+    for card in folder.glob("*/config.json"):
+        config = {**read_json(card), **({"dtype": "float32"} if card.parent.name == "text_encoder" else {})}
+        config.pop("_name_or_path", None)  # published: no word of the folder that it was trained on from
+        write_json(card, config, indent=2)
 
 
 def count_parameters(pipe: Any) -> int:
