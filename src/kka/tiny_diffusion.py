@@ -142,11 +142,12 @@ def fit(pool: CaptionedImages, settings: TinyDiffusionSettings, journal: Journal
 
 def load_start(folder: Path, settings: TinyDiffusionSettings) -> Any:
     """The pipeline that is trained on; raises UserError if it is none, or one of other sizes."""
-    from diffusers import StableDiffusionPipeline
+    from kka.diffusion import load_pipeline
+    from kka.drawers import PRESETS
 
     if not (folder / "model_index.json").is_file():
         raise UserError(f"--start {folder} is no folder with a pipeline of diffusers: no model_index.json")
-    pipe: Any = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipe = load_pipeline(str(folder), PRESETS["own"], torch.float32, torch.device("cpu"), True)
     there = {
         "widths": tuple(pipe.unet.config.block_out_channels),
         "vae_widths": tuple(pipe.vae.config.block_out_channels),
