@@ -1,24 +1,17 @@
-"""Does the loop help? Algorithm 1 over seeds and modes, one table.
+"""What happened inside of loops that src/reproduce.py made: hard shares, margins, captions, pictures.
 
-    python benchmarks/loops.py                                           # the garden, as `make demo` does it
-    python benchmarks/loops.py --out FILE -- --drawer_backend garden     # the same but for these flags
-    python benchmarks/loops.py --base none --out FILE -- --dataset_name ucm_caption ...
+    python src/reproduce.py table3 --data_sets garden --modes add rep
+    python benchmarks/loops.py log/table3/garden/loop_add_* log/table3/garden/loop_rep_* --reader DIR
 
-Loops that are finished are not run again, and an interrupted one continues. What does not depend on the mode
-(the round without anomalies, round 0, the tuned LLM of round 1 and its images) is done once for each seed.
+Each folder holds the loops of one mode, one for each seed.
 """
 
-import logging
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from deep_sad import processor, table
+from deep_sad import table
 
 from kka.anomalies import read_items
 from kka.attributes import agreement, load_reader, to_tensor
@@ -27,28 +20,18 @@ from kka.datasets.images import read_image
 from kka.draw import read_captions
 from kka.errors import UserError, run_script
 from kka.files import read_json, write_bytes, write_json
-from kka.loop_folder import share_common
 from kka.metrics import mean_interval
-from kka.runs import RESULTS, ROOT, git_commit
+from kka.runs import CONFIG, RESULTS
 from kka.settings import build_parser, make_settings, option
 from kka.tiny_glm import is_garden_caption
 
-sys.path.insert(0, str(ROOT / "src"))
-from demo import FLAGS
-
 LOOKS = (("usable", 100), ("in_grammar", 100), ("shared", 1))
-
-log = logging.getLogger("loops")
 
 
 @dataclass(frozen=True)
 class StudySettings:
     """Options of the study."""
 
-    seeds: int = option(5, "loops of each mode")
-    base: str = option("demo", "flags of src/iterate.py to which those behind -- are added", ("demo", "none"))
-    modes: tuple[str, ...] = option(("add", "rep"), "how the set is updated")
-    folder: str = option(str(ROOT / "log" / "study"), "folder of the loops")
     reader: str | None = option(
         None, "folder of the reader of attributes that looks at the garden's pictures"
     )
@@ -56,41 +39,37 @@ class StudySettings:
 
 
 def main() -> None:
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
-    words, flags = divide(sys.argv[1:])
-    s = make_settings(StudySettings, vars(build_parser("Loops, compared.", StudySettings).parse_args(words)))
-    if s.base == "demo":
-        flags = [*(str(word) for name, value in FLAGS.items() for word in (f"--{name}", value)), *flags]
-    shown = [Path(word).name if os.sep in word else word for word in flags]  # published: no one's folders
-    report: dict[str, Any] = {"flags": shown, "git_commit": git_commit(), "processor": processor()}
-    report["threads"] = torch.get_num_threads()
-    report["loops"] = [run(flags, mode, seed, s) for seed in range(s.seeds) for mode in s.modes]
+    parser = build_parser("What happened inside of loops.", StudySettings)
+    parser.add_argument("folders", metavar="FOLDER", nargs="+", help="the loops of one mode, all seeds")
+    values = vars(parser.parse_args())
+    s = make_settings(StudySettings, values)
+    found = [
+        path.parent for folder in values["folders"] for path in sorted(Path(folder).glob(f"*/{RESULTS}"))
+    ]
+    if not found:
+        raise UserError(f"{', '.join(values['folders'])}: no finished loop, no */{RESULTS}, in there")
+    loops = [read_loop(folder, s.reader) for folder in found]
+    modes = list(dict.fromkeys(loop["mode"] for loop in loops))
+    config = read_json(found[0] / CONFIG)
+    report = {"settings": published(config), "git_commit": config["git_commit"], "loops": loops}
     write_json(Path(f"{s.out}.json"), report, indent=1)
-    write_bytes(Path(f"{s.out}.md"), to_markdown(report, s.modes).encode())
-    print(to_markdown(report, s.modes))
+    write_bytes(Path(f"{s.out}.md"), to_markdown(report, modes).encode())
+    print(to_markdown(report, modes))
 
 
-def divide(words: list[str]) -> tuple[list[str], list[str]]:
-    """Our flags, and behind -- those of src/iterate.py."""
-    where = words.index("--") if "--" in words else len(words)
-    return words[:where], words[where + 1 :]
+def published(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a loop without seed and mode, and of folders only their names."""
+    kept = {key: value for key, value in config["settings"].items() if key not in ("seed", "mode", "xp_path")}
+    return {k: Path(v).name if isinstance(v, str) and Path(v).is_absolute() else v for k, v in kept.items()}
 
 
-def run(flags: list[str], mode: str, seed: int, s: StudySettings) -> dict[str, Any]:
-    """One loop; returns its results."""
-    folder = Path(s.folder) / f"{mode}_{seed}"
-    if not (folder / RESULTS).exists():
-        for other in s.modes[: s.modes.index(mode)]:
-            share_common(Path(s.folder) / f"{other}_{seed}", folder, mode)
-        last = ["--mode", mode, "--seed", str(seed), "--xp_path", str(folder)]
-        command = [sys.executable, str(ROOT / "src" / "iterate.py"), *flags, *last]
-        log.info("%s, seed %d", mode, seed)
-        if subprocess.run(command).returncode:
-            raise UserError(f"the loop in {folder} failed; see above, and start this command again")
-    loop = {"mode": mode, "seed": seed, **read_json(folder / RESULTS)}
+def read_loop(folder: Path, reader: str | None) -> dict[str, Any]:
+    """Results of a finished loop, and what its captions and pictures are like."""
+    settings = read_json(folder / CONFIG)["settings"]
+    loop = {"mode": settings["mode"], "seed": settings["seed"], **read_json(folder / RESULTS)}
     for row in loop["rounds"]:
-        row |= look_at(folder / f"round_{row['round']}", s.reader)
-    loop["untuned"] = look_at(folder / "untuned", s.reader)
+        row |= look_at(folder / f"round_{row['round']}", reader)
+    loop["untuned"] = look_at(folder / "untuned", reader)
     return loop
 
 
@@ -116,7 +95,7 @@ def look_at(place: Path, reader: str | None) -> dict[str, Any]:
 
 def to_markdown(report: dict[str, Any], modes: Sequence[str]) -> str:
     """A table for each mode: means over seeds and half widths of their 95 % t-intervals."""
-    parts = [f"{report['processor']}, {report['threads']} threads, commit {report['git_commit']}"]
+    parts = [f"commit {report['git_commit']}"]
     for mode in modes:
         loops = [loop for loop in report["loops"] if loop["mode"] == mode]
         rows = [["none", "", "", "", "", "", mean_of([mean(loop["none"]) for loop in loops])]]

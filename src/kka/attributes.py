@@ -100,12 +100,20 @@ def fit(pool: CaptionedImages, settings: ReaderSettings, journal: Journal) -> Re
 
 
 def _vary(images: Tensor, stream: Generator) -> Tensor:
-    """Mirrored, shifted by up to 2 px, a little brighter or darker: none of it is an attribute."""
+    """Mirrored, shifted by up to 2 px, brighter or darker, softer, noisier: none of it is an attribute.
+
+    Without the last two the reader leans on the sharpness and sensor noise of drawn images: of images that
+    went through an autoencoder at 35 dB it read the count right in 0.73 only, of the originals in 0.87.
+    """
     n = len(images)
     mirrored = torch.where(torch.rand(n, 1, 1, 1, generator=stream) < 0.5, images.flip(-1), images)
     dy, dx = torch.randint(-2, 3, (2,), generator=stream).tolist()
     padded = F.pad(mirrored, (2, 2, 2, 2), mode="replicate")[..., 2 + dy : 34 + dy, 2 + dx : 34 + dx]
-    return (padded * (0.85 + 0.3 * torch.rand(n, 1, 1, 1, generator=stream))).clamp(0, 1)
+    exposed = padded * (0.85 + 0.3 * torch.rand(n, 1, 1, 1, generator=stream))
+    soft = F.avg_pool2d(F.pad(exposed, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    varied = torch.lerp(exposed, soft, 0.8 * torch.rand(n, 1, 1, 1, generator=stream))
+    noise = torch.randn(varied.shape, generator=stream) * torch.rand(n, 1, 1, 1, generator=stream)
+    return (varied + 0.04 * noise).clamp(0, 1)
 
 
 def label(captions: Sequence[str]) -> Tensor:

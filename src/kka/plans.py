@@ -10,7 +10,7 @@ from typing import Any
 
 from kka.anomalies import MODES
 from kka.command_line import DEFAULT_DETECTOR, DetectorChoice
-from kka.datasets import get_spec
+from kka.datasets import garden, get_spec
 from kka.datasets.layout import DataSetSpec
 from kka.detectors import DETECTORS
 from kka.errors import UserError
@@ -19,6 +19,7 @@ from kka.loop import PREFIXED, LoopSettings
 from kka.options import PLACE, ExperimentSettings
 from kka.runs import ROOT, fingerprint
 from kka.settings import build_parser, option
+from kka.stand_ins import GARDEN_LOOP
 from kka.sweep import Job
 
 Flags = dict[str, list[str]]
@@ -117,7 +118,7 @@ class Plan:
         Runs of other flags, or behind a loop of other flags, get other folders.
         """
         spec, classes, seed = experiment
-        flags = {"dataset_name": [spec.name], **to_dict(words)}
+        flags = {"dataset_name": [spec.name], **_stand_ins(script, spec), **to_dict(words)}
         detector = flags.get("detector", [DEFAULT_DETECTOR])[0]
         known = flags_of(script, detector)
         flags |= self._preset(detector) | {k: v for k, v in self.extra.items() if k in known}
@@ -151,6 +152,13 @@ class Plan:
         """Updates of a loop, as iterate.py has them."""
         default = 3 if spec.name == "cifar100" else 2
         return self.settings.rounds if self.settings.rounds is not None else default
+
+
+def _stand_ins(script: str, spec: DataSetSpec) -> Flags:
+    """Flags of a loop in the garden, which has its own LLM and text-to-image model."""
+    if script != "iterate.py" or spec.name != garden.SPEC.name:
+        return {}
+    return {name: [str(value)] for name, value in GARDEN_LOOP.items()}
 
 
 def to_dict(words: Sequence[str]) -> Flags:
