@@ -120,7 +120,7 @@ def flags_of(row: str, name: str, s: TableSettings) -> list[str]:
     flags += SHORT[own.detector] if name == "cifar" else []
     if own.detector == "deep_sad":
         flags += ["--pretrain", "False"]
-    if own.detector in ("deep_sad", "ssd", "cmda") and s.precision != "float32":
+    if own.detector != "frozen" and s.precision != "float32":
         flags += ["--precision", s.precision]
     return [*flags, "--n_anomalies", "-1" if own.anomalies else "0"]
 

@@ -16,6 +16,7 @@ from kka.errors import UserError
 from kka.estimates import kind_of_job, median_seconds, total
 from kka.plan_tables import jobs_of, make_plan
 from kka.plans import Plan, PlanSettings, to_dict
+from kka.stand_ins import MODELS
 from kka.tables import Cell
 
 
@@ -36,6 +37,26 @@ def test_table_2_has_every_row_and_set_and_one_loop_for_all_detectors():
     fed = next(job for job in jobs if "simplenet_rep" in str(job.folder) and "flower" in str(job.folder))
     assert f"{fed.after.folder}/round_2/0" in fed.words
     assert fed.after.share == "rep"
+
+
+def test_folder_0_makes_one_row_for_both_modes_of_the_paper():
+    _, cells = plan_of("table2", seeds=1, anomalies="folder", data_sets=("flower",))
+    rows = {cell.row: cell for cell in cells}
+    assert not any("(add)" in row or "(rep)" in row for row in rows)
+    assert "--n_anomalies -1" in " ".join(rows["SAD+KKA"].jobs[0].words)
+    assert "--n_anomalies 0" in " ".join(rows["Deep SAD"].jobs[0].words)
+    both = [paper.table2(f"SAD+KKA({mode})", "flower") for mode in ("add", "rep")]
+    assert rows["SAD+KKA"].paper == " / ".join(both)
+
+
+def test_the_garden_brings_its_own_models_unless_others_are_given():
+    _, cells = plan_of("table3", "--drawer_backend garden", seeds=1, data_sets=("garden",))
+    words = " ".join(cells[0].jobs[0].words)
+    assert f"--llm_model {MODELS / 'glm'}" in words
+    assert words.count("--drawer_backend") == 1
+    assert "--drawer_backend garden" in words
+    _, cells = plan_of("table3", seeds=1, data_sets=("flower",))
+    assert "--llm_model" not in cells[0].jobs[0].words
 
 
 def test_figures_of_the_paper_stand_beside_the_cells():
@@ -165,7 +186,7 @@ def swept(toy_set, tmp_path_factory):
 def sweep_toy(root: Path, folder: Path, *extra: str, seeds: int = 2):
     """Table II's Deep SAD on the toy set."""
     words = ["table2", "--data_sets", "ucm_caption", "--data", f"ucm_caption={root}", "--rows", "Deep SAD"]
-    words += ["SAD+KKA(add)", "--anomalies", "folder", "--modes", "add", "--seeds", str(seeds), "--jobs", "2"]
+    words += ["SAD+KKA", "--anomalies", "folder", "--seeds", str(seeds), "--jobs", "2"]
     words += ["--normal_classes", "1", "--folder", str(folder / "log"), "--out", str(folder / "table")]
     words += ["--", "--n_epochs", "1", "--pretrain", "False", "--batch_size", "8", "--device", "cpu"]
     words += ["--user_dict", json.dumps(USER_DICT), *extra]
@@ -175,10 +196,10 @@ def sweep_toy(root: Path, folder: Path, *extra: str, seeds: int = 2):
 def test_a_table_from_scratch(swept, capsys):
     table = read_json(swept / "table.json")
     assert table["columns"] == ["UCM-Caption"]
-    assert [row["name"] for row in table["rows"]] == ["Deep SAD", "SAD+KKA(add)"]
+    assert [row["name"] for row in table["rows"]] == ["Deep SAD", "SAD+KKA"]
     for row in table["rows"]:
         assert re.fullmatch(r"\d+\.\d\d ± \d+\.\d\d \(n = 2\)", row["cells"][0]["text"])
-    assert table["rows"][1]["cells"][0]["paper"] == "74.98 ± 0.49"
+    assert table["rows"][1]["cells"][0]["paper"] == "74.98 ± 0.49 / 74.60 ± 0.70"
     assert any(
         "batch_size 8 (32), n_epochs 1 (300), pretrain False (True)" in note for note in table["notes"]
     )

@@ -24,6 +24,9 @@ class Row:
 
     detector: str
     mode: str = ""
+    """of the loop that makes its anomalies; empty: none, or folder 0"""
+    anomalies: bool = False
+    """folder 0 of the data set"""
     flags: tuple[str, ...] = ()
 
 
@@ -116,14 +119,26 @@ def group(
 def table2(plan: Plan) -> list[Cell]:
     """Detectors alone, and with the anomalies of the last round of a loop or of folder 0."""
     cells = []
-    for name, row in chosen_rows(TABLE2, plan).items():
+    for name, row in chosen_rows(table2_rows(plan), plan).items():
         if row.mode and row.mode not in plan.modes():
             continue
         for spec, jobs in group(plan, PAPER_SETS, lambda experiment, row=row: _detect(plan, row, experiment)):
             from_loop = jobs[0].script == "iterate.py"
             part = str(plan.n_rounds(spec)) if from_loop else "test_auc"
-            cells.append(Cell(name, spec.title, jobs, part, paper.table2(name, spec.name)))
+            figures = [paper.table2(f"{name}{mode}", spec.name) for mode in ("", "(add)", "(rep)")]
+            cells.append(Cell(name, spec.title, jobs, part, " / ".join(filter(None, figures))))
     return cells
+
+
+def table2_rows(plan: Plan) -> dict[str, Row]:
+    """Rows of Table II; folder 0 is no outcome of a mode, so one row stands for both."""
+    if plan.settings.anomalies == "loop":
+        return TABLE2
+    return {
+        name.removesuffix(f"({MODES[0]})"): dataclasses.replace(row, anomalies=bool(row.mode), mode="")
+        for name, row in TABLE2.items()
+        if row.mode in ("", MODES[0])
+    }
 
 
 def _detect(plan: Plan, row: Row, experiment: Experiment) -> Job:
@@ -131,10 +146,10 @@ def _detect(plan: Plan, row: Row, experiment: Experiment) -> Job:
     spec = experiment[0]
     words = ["--detector", row.detector, *row.flags]
     place = "_".join([row.detector, *row.flags[1::2], *[row.mode] * bool(row.mode)])
+    if row.anomalies:
+        return plan.job("main.py", f"{place}_folder0", experiment, *words, "--n_anomalies", "-1")
     if not row.mode:
         return plan.job("main.py", place, experiment, *words, "--n_anomalies", "0")
-    if plan.settings.anomalies == "folder":
-        return plan.job("main.py", f"{place}_folder0", experiment, *words, "--n_anomalies", "-1")
     loop = plan.loop(experiment, row.mode)
     if row.detector == DEFAULT_DETECTOR:
         return loop
