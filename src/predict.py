@@ -17,7 +17,7 @@ import torch
 from kka.errors import SKIPPED, UserError, run_script
 from kka.experiment import find_device
 from kka.export import export
-from kka.overlays import map_function, write_arrays, write_pictures
+from kka.overlays import map_function, remove_older, write_arrays, write_pictures
 from kka.predict import (
     Prediction,
     PredictSettings,
@@ -77,7 +77,9 @@ def predict(trained: Trained, paths: list[Path], settings: PredictSettings) -> S
         write_predictions(Path(settings.out).expanduser(), trained, predictions, skipped)
     print(to_table(predictions))
     if maps:
-        low, high = write_pictures(maps, [each.path for each in predictions], threshold)
+        mapped = [each.path for each in predictions]
+        low, high = write_pictures(maps, mapped, threshold)
+        remove_older(maps, mapped)
         print(f"maps from {low:.4g} (as the image) to {high:.4g} (brightest) are in {maps}")
     return skipped
 

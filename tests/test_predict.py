@@ -161,6 +161,10 @@ def test_maps_are_written_as_arrays_and_pictures_on_one_scale(toy_set, runs, nam
     before = snapshot(folder)
     refused(run_predict(images[0], "--model", runs / name, "--maps", folder), "holds files", "--overwrite")
     assert snapshot(folder) == before
+    (folder / "my_notes.txt").write_text("kept")
+    words = [images[0], "--model", runs / name, "--maps", folder, "--overwrite"]
+    assert run_predict(*words).code == 0
+    assert {path.name for path in folder.iterdir()} == {f"{stems[0]}.npy", f"{stems[0]}.png", "my_notes.txt"}
 
 
 def test_map_shows_where_it_is_high():

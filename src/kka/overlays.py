@@ -57,6 +57,14 @@ def write_pictures(folder: Path, images: Sequence[Path], threshold: float) -> tu
     return low, high
 
 
+def remove_older(folder: Path, images: Sequence[Path]) -> None:
+    """Remove the maps of an earlier call that have no image in this one."""
+    kept = {array_path(folder, number, image).stem for number, image in enumerate(images)}
+    for file in folder.glob("[0-9]" * 5 + "_*"):
+        if file.suffix in (".npy", ".png") and file.stem not in kept:
+            file.unlink()
+
+
 def overlay(picture: Image.Image, values: np.ndarray, low: float, high: float) -> Image.Image:
     """An RGB picture under the colours of its map; where the map is lowest it shows as it is.
 
