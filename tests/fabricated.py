@@ -18,7 +18,9 @@ def write_run(folder: Path, auc: object = 0.8, seed: int = 0, **settings: object
     config = {"settings": chosen, "git_commit": "abc", "machine": {"gpu": None}}
     results = {
         "train_time": 7.0,
-        "test_time": 1.0,
+        "test_time": 0.5,
+        "n_test": 2,
+        "peak_mib": 900.0 + seed,
         "test_auc": auc,
         "test_scores": [[0, 1, 0.5], [1, 0, 0.1]],
     }

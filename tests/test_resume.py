@@ -19,7 +19,7 @@ from kka.journal import Journal
 
 MAIN = Path(__file__).parent.parent / "src" / "main.py"
 EPOCHS = 6
-TIMES = ("train_time", "test_time")
+TIMES = ("train_time", "test_time", "peak_mib")
 
 
 def start(root, folder):

@@ -1,6 +1,7 @@
 """Tables from finished runs."""
 
 import csv
+import json
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ def test_a_cell_is_mean_and_t_interval_as_scipy_has_it(tmp_path):
     assert only_cell(table) == {
         "text": f"{100 * np.mean(aucs):.2f} ± {50 * (high - low):.2f} (n = 4)",
         "aucs": aucs, "paper": "68.21 ± 2.23", "runs": 4,
+        "cost": {"training, s": 7.0, "images/s": 4.0, "MiB": 903.0},
     }  # fmt: skip
 
 
@@ -129,6 +131,20 @@ def test_four_files_say_the_same(tmp_path):
     latex = to_latex(table)
     assert r"A \& B\_1 & 80.50 $\pm$" in latex
     assert len({line.count(" & ") for line in latex.splitlines() if line.endswith(r"\\")}) == 1
+
+
+def test_what_runs_cost_stands_below_the_table(tmp_path):
+    jobs = tuple(write_run(tmp_path / str(k), 0.8, seed=k) for k in range(2))
+    loop = write_loop(tmp_path / "loop", [0.6], [0.8])
+    table = tabulate("T", [Cell("A", "x", jobs), Cell("B", "x", (loop,), "none")])
+    text = to_markdown(table)
+    assert "|  | x: training, s | x: images/s | x: MiB |" in text
+    assert "| A | 7 | 4 | 901 |" in text
+    assert "| B |  |  |  |" in text
+    older = read_json(jobs[1].folder / "results.json")
+    del older["peak_mib"]
+    (jobs[1].folder / "results.json").write_text(json.dumps(older))
+    assert "images/s" not in to_markdown(tabulate("T", [Cell("A", "x", jobs)]))
 
 
 def test_studies_are_compared_in_pairs(tmp_path):

@@ -38,7 +38,7 @@ from kka.results import (
     test_metrics,
     write_split,
 )
-from kka.runs import LOG, RESULTS, ROOT, claim, fingerprint, locked, write_config
+from kka.runs import LOG, RESULTS, ROOT, claim, fingerprint, locked, peak_memory, write_config
 from kka.seeds import derive_seed, generator
 from kka.settings import make_settings
 from kka.split import easy_anomalies, hard_anomalies, hardness_threshold
@@ -132,12 +132,13 @@ class Run:
         )
         began = time.monotonic()
         test_scores = detector.score(data.test.resized)
-        times = {"train_time": journal.seconds("train"), "test_time": time.monotonic() - began}
+        cost = {"train_time": journal.seconds("train"), "test_time": time.monotonic() - began}
+        cost["peak_mib"] = peak_memory()
         normals = threshold_images(s.threshold_from, data, train, heldout)
         check_scores(self.name, test_scores, detector.score(normals))
         split = yield from self._split(detector, data, train, normals)
-        results = {**times, **test_metrics(targets, test_scores), **split.counts()}
-        results |= {"n_skipped": data.n_skipped, "seed": s.seed}
+        results = {**cost, **test_metrics(targets, test_scores), **split.counts()}
+        results |= {"n_test": len(targets), "n_skipped": data.n_skipped, "seed": s.seed}
         self._write(detector, journal, split, results, data.native)
 
     def _split(

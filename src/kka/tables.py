@@ -16,6 +16,8 @@ from kka.metrics import format_interval, mean_interval
 from kka.runs import CONFIG, RESULTS
 from kka.sweep import Job
 
+COST = ("train_time", "test_time", "peak_mib")  # of results.json, with n_test
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -132,7 +134,27 @@ def _fill(cell: Cell, runs: dict[Path, Finished], problems: list[str]) -> dict[s
         problems.append(f"Not averaged: {cell.row}, {cell.column}: its runs differ in {different}.")
         return {**_empty(), "text": "mixed settings", "paper": cell.paper}
     text = cell_text(aucs, len(cell.jobs))
-    return {"text": text, "aucs": aucs, "paper": cell.paper, "runs": len(aucs)}
+    cost = cost_of([run.results for run in used]) if cell.part == "test_auc" else {}
+    return {
+        "text": text,
+        "aucs": aucs,
+        "paper": cell.paper,
+        "runs": len(aucs),
+        **({"cost": cost} if cost else {}),
+    }
+
+
+def cost_of(results: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Mean seconds of training, mean images per second of the test, and the most memory of any run, MiB."""
+    if not results or not all(set(COST) <= each.keys() for each in results):
+        return {}  # runs of a version that did not measure them
+    seconds, tested, peaks = ([each[key] for each in results] for key in COST)
+    speeds = [each["n_test"] / time for each, time in zip(results, tested, strict=True)]
+    return {
+        "training, s": sum(seconds) / len(results),
+        "images/s": sum(speeds) / len(results),
+        "MiB": max(peaks),
+    }
 
 
 def cell_text(values: Sequence[float], asked: int, scale: float = 100) -> str:
@@ -154,9 +176,31 @@ def to_markdown(table: dict[str, Any]) -> str:
     """A table with the paper's figure beside each cell that has one, and the notes below."""
     header, lines = _grid(table)
     rows = [header, ["---"] * len(header), *lines]
-    body = "\n".join(f"| {' | '.join(word.replace('|', '/') for word in row)} |" for row in rows)
     notes = "\n".join(f"- {note}" for note in table["notes"])
-    return f"**{table['title']}**\n\n{body}\n\n{notes}\n"
+    parts = [f"**{table['title']}**", _lines(rows), *_costs(table), notes]
+    return "\n\n".join(parts) + "\n"
+
+
+def _lines(rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(word.replace('|', '/') for word in row)} |" for row in rows)
+
+
+def _costs(table: dict[str, Any]) -> list[str]:
+    """A table of what the runs cost, where it was measured."""
+    names = ("training, s", "images/s", "MiB")
+    header = ["", *(f"{column}: {name}" for column in table["columns"] for name in names)]
+    rows = [
+        [
+            row["name"],
+            *(
+                f"{cell['cost'][name]:.0f}" if cell.get("cost") else ""
+                for cell in row["cells"]
+                for name in names
+            ),
+        ]
+        for row in table["rows"]
+    ]
+    return [_lines([header, ["---"] * len(header), *rows])] if any(any(row[1:]) for row in rows) else []
 
 
 def _grid(table: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
