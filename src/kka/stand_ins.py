@@ -23,7 +23,7 @@ GARDEN_LOOP: dict[str, object] = {
     "drawer_model": MODELS / "diffusion",
     "drawer_preset": "own",
     "drawer_steps": 15,
-    "drawer_guidance": 3.0,
+    "drawer_guidance": 4.5,
     "drawer_device": "cpu",
     "draw_batch": 40,
     "pairs_validation_share": 0.3,

@@ -39,7 +39,7 @@ from kka.tiny_denoiser import (
 from kka.tiny_training import OutputSettings, check_positive, descend, train_into
 
 PREVIEWS = 20  # unfinished pipelines and sheets of pictures during the training
-SAMPLING = {"num_inference_steps": 15, "guidance_scale": 3.0}  # of previews and figures
+SAMPLING = {"num_inference_steps": 15, "guidance_scale": 4.5}  # of previews and figures
 SHEET = (8, 4)  # pictures across and down
 
 log = logging.getLogger(__name__)
