@@ -94,6 +94,28 @@ def test_table_and_sets(finished):
         assert {record["round"] for record in records} == {k}
 
 
+def test_what_happened_inside_is_tabulated(finished, tmp_path, monkeypatch, capsys):
+    benchmarks = ITERATE.parents[1] / "benchmarks"
+    monkeypatch.syspath_prepend(str(benchmarks))
+    words = [str(finished[0].parent), "--out", str(tmp_path / "loops")]
+    monkeypatch.setattr(sys, "argv", ["loops.py", *words])
+    runpy.run_path(str(benchmarks / "loops.py"), run_name="__main__")
+    text = (tmp_path / "loops.md").read_text()
+    assert text in capsys.readouterr().out
+    assert "mode add, 1 seeds" in text
+    rounds = json.loads((finished[0] / "results.json").read_text())["rounds"]
+    auc = sum(rounds[2]["test_aucs"]) / len(rounds[2]["test_aucs"])
+    (row,) = (line for line in text.splitlines() if line.startswith("| KKA(2) |"))
+    assert row.endswith(f"| {100 * auc:.2f} |")
+    report = json.loads((tmp_path / "loops.json").read_text())
+    assert str(finished[0].parent) not in json.dumps(report["settings"])
+    monkeypatch.setattr(sys, "argv", ["loops.py", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(benchmarks / "loops.py"), run_name="__main__")
+    assert ended.value.code == 2
+    assert "no finished loop" in capsys.readouterr().err
+
+
 def test_commands_by_hand_make_the_same_files(world, finished, tmp_path, monkeypatch):
     folder, done = finished
     lines = [line.partition(": ")[2] for line in done.stderr.splitlines() if line.startswith("by hand: ")]
