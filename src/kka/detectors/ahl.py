@@ -68,6 +68,9 @@ class AHLSettings(DRASettings):
     base_epochs: int = option(30, "its training epochs (DevNet's own default: 50)")
     n_epochs: int = option(30, "epochs of collaborative learning")
     pseudo: tuple[str, ...] = option(KINDS, f"kinds of pseudo anomalies: {', '.join(KINDS)}")
+    turned: bool = option(
+        True, "features of turned images, as in the base model's training; False: as they are"
+    )
     n_clusters: int = option(3, "clusters of normals; every ordered pair of them makes a task")
     seen_split: str = option(
         "disjoint",
@@ -207,7 +210,8 @@ class AHL:
             sources = torch.where(rows < n, rows, groups.normals[(rows - n).clamp(min=0) % n_normals])
             chosen = [kinds[(row - n) // n_normals] if row >= n else None for row in rows.tolist()]
             stream = generator(self.seed, "bank", first)
-            return self.made.of(train, sources, chosen, stream).to(self.device)
+            made = self.made.of(train, sources, chosen, stream).to(self.device)
+            return self.base.turn(made, stream) if self.settings.turned else made
 
         self.base.model.eval()
         return FeatureBank(self.base.model, images, n + len(kinds) * n_normals, folder)

@@ -170,9 +170,12 @@ class DRAHeads(nn.Module):
 class DeviationNetwork(nn.Module):
     """Backbone, heads, and the mean features of some normal images, by which the residual is told."""
 
+    feature_scale: Tensor
+
     def __init__(self, backbone: Backbone, heads: DevNetHeads | DRAHeads, n_scales: int) -> None:
         super().__init__()
         self.backbone, self.heads, self.n_scales = backbone, heads, n_scales
+        self.register_buffer("feature_scale", torch.ones(()))
         blank = torch.zeros(1, 3, backbone.size, backbone.size)
         with torch.no_grad():
             for k, maps in enumerate(pyramid(backbone, blank, n_scales)):
@@ -192,7 +195,7 @@ class DeviationNetwork(nn.Module):
 
     def pyramid(self, images: Tensor) -> Features:
         """Features at full, half, ... size of (N, 3, S, S) uint8 or in [0, 1]."""
-        return pyramid(self.backbone, images, self.n_scales)
+        return [self.feature_scale * maps for maps in pyramid(self.backbone, images, self.n_scales)]
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) -> (N,) anomaly scores."""

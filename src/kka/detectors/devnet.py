@@ -27,7 +27,7 @@ from kka.detectors.deviation import (
     find_groups,
     rotate,
 )
-from kka.detectors.parts import cycled, gradient_step, in_batches, score_images
+from kka.detectors.parts import SCALE_IMAGES, cycled, gradient_step, in_batches, score_images
 from kka.errors import UserError
 from kka.journal import Journal, Stateful
 from kka.networks.backbones import Backbone, BackboneSettings
@@ -47,7 +47,13 @@ class DevNetSettings(BackboneSettings):
     """DevNet's options; defaults are the official code's, preset cpu trains the scorer on kept features."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "cpu": {"backbone": "squeezenet1_0", "image_size": 224, "fine_tune": False, "lr": 2e-3},
+        "cpu": {
+            "backbone": "squeezenet1_0",
+            "image_size": 224,
+            "fine_tune": False,
+            "lr": 2e-3,
+            "feature_std": 1.0,
+        },
     }
 
     backbone: str = option("resnet18", "network of torchvision that gives the features")
@@ -61,6 +67,9 @@ class DevNetSettings(BackboneSettings):
     weight_decay: float = option(1e-5, "L2 penalty")
     fine_tune: bool = option(True, "train the backbone; False: only what is on it, on features that are kept")
     views: int = option(4, "turned copies of each image whose features are kept, without --fine_tune")
+    feature_std: float = option(
+        0.0, "deviation to which features are scaled, as the learning rates are made for; 0: as they are"
+    )
     max_angle: float = option(180.0, "training images are turned by up to this angle, in degrees")
     rotation_fill: str = option(
         "reflection", "corners of a turned image (official code: zeros)", ("reflection", "zeros")
@@ -77,7 +86,7 @@ def check_settings(settings: DevNetSettings) -> None:
     for name in ("image_size", "n_scales", "steps_per_epoch", "lr", "views"):
         if not getattr(s, name) > 0:
             raise UserError(f"--{name} must be above 0, it is {getattr(s, name)}")
-    for name in ("n_epochs", "weight_decay", "max_angle", "test_every"):
+    for name in ("n_epochs", "weight_decay", "feature_std", "max_angle", "test_every"):
         if getattr(s, name) < 0:
             raise UserError(f"--{name} must not be negative, it is {getattr(s, name)}")
     if s.batch_size < 2:
@@ -127,6 +136,7 @@ class DevNet:
             )
         if not self.warm_start:
             model.backbone.load_pretrained()
+            self._scale_features(train.resized[groups.normals[:SCALE_IMAGES]])
         optimizer = torch.optim.Adam(model.parameters(), s.lr, weight_decay=s.weight_decay)
         scheduler = StepLR(optimizer, DECAY_EVERY, gamma=0.1)
         parts: dict[str, Stateful] = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
@@ -147,6 +157,13 @@ class DevNet:
             journal.record(phase, epoch, loss=sum(losses) / len(losses), **curve)
         if s.n_epochs or not self.warm_start:
             self.set_references(train, groups)
+
+    def _scale_features(self, images: Tensor) -> None:
+        """Features of some backbones are many times larger than those of ResNet-18."""
+        if self.settings.feature_std:
+            self.model.eval()
+            maps = in_batches(lambda part: self.model.pyramid(part.to(self.device))[0], images, FEATURE_BATCH)
+            self.model.feature_scale.copy_(self.settings.feature_std / maps.std())
 
     def set_references(self, train: TrainSet, groups: Groups) -> None:
         """DevNet has none."""
@@ -212,7 +229,7 @@ class DevNet:
         if kept is not None:
             view = torch.randint(self.settings.views, (len(rows),), generator=stream)
             return [maps[view, rows].float().to(self.device) for maps in kept]
-        images = self._turned(self._images(train, groups, rows, stream), stream)
+        images = self.turn(self._images(train, groups, rows, stream), stream)
         with self._autocast():
             return self.model.pyramid(images)
 
@@ -220,7 +237,8 @@ class DevNet:
         """(N, 3, S, S) in [0, 1] on the device."""
         return to_unit(train.resized[rows].to(self.device))
 
-    def _turned(self, images: Tensor, stream: Generator) -> Tensor:
+    def turn(self, images: Tensor, stream: Generator) -> Tensor:
+        """Each image turned by up to --max_angle. (N, 3, S, S) in [0, 1] -> the same."""
         s = self.settings
         angles = s.max_angle * (2 * torch.rand(len(images), generator=stream) - 1)
         return rotate(images, angles.tolist(), s.rotation_fill)
@@ -236,7 +254,7 @@ class DevNet:
         for view in range(self.settings.views):
             stream, sizes = generator(self.seed, "views", view), []
             for rows in self._rows_kept(train, groups).split(FEATURE_BATCH):
-                images = self._turned(self._images(train, groups, rows, stream), stream)
+                images = self.turn(self._images(train, groups, rows, stream), stream)
                 sizes.append([maps.half().cpu() for maps in self.model.pyramid(images)])
             views.append([torch.cat(size) for size in zip(*sizes, strict=True)])
         return [torch.stack(size) for size in zip(*views, strict=True)]

@@ -11,6 +11,8 @@ from torch import Generator, Tensor, nn
 from kka.errors import TrainingError, UserError
 from kka.train_set import TrainSet
 
+SCALE_IMAGES = 64  # normals whose features give the scale of --feature_std
+
 
 def split_labels(train: TrainSet) -> tuple[Tensor, Tensor]:
     """Rows of the presumed normals (unlabelled ones too) and of the labelled anomalies.

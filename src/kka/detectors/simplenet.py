@@ -16,7 +16,15 @@ from torch import Generator, Tensor, nn
 
 from kka.augment import augment
 from kka.detectors.contract import Evaluate
-from kka.detectors.parts import cycled, gradient_step, in_batches, score_images, smooth, split_labels
+from kka.detectors.parts import (
+    SCALE_IMAGES,
+    cycled,
+    gradient_step,
+    in_batches,
+    score_images,
+    smooth,
+    split_labels,
+)
 from kka.errors import UserError
 from kka.journal import Journal, Stateful
 from kka.networks.backbones import Backbone, BackboneSettings
@@ -26,7 +34,6 @@ from kka.train_set import TrainSet
 
 STRIDES = (8, 16)  # layer2 and layer3 of a ResNet
 FEATURE_BATCH = 8  # images whose patches are unfolded at a time
-SCALE_IMAGES = 64  # normals whose features give the scale of --feature_std
 DSC_WEIGHT_DECAY = 1e-5
 MIX_FACTOR = 1.1  # ratio of the noise levels of mix_noise
 
