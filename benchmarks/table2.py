@@ -66,6 +66,12 @@ class Row:
 
 
 CPU = ("--preset", "cpu")
+DIFFERENCES = """
+Not the paper's: real images of other classes (folder 0) stand for the generated anomalies, so rows with anomalies
+are upper bounds; SqueezeNet for WRN-50-2 and a LeNet for SSD's and CMDA's ResNet (`--preset cpu`); one choice of
+normal classes. Paper's figures with anomalies: modes add / rep. Peaks are of all seeds of a cell in one process;
+flags of each cell: table2.json.
+"""
 ROWS: dict[str, Row] = {
     "SSD": Row("ssd", CPU, False),
     "CMDA": Row("cmda", CPU, False),
@@ -163,7 +169,7 @@ def to_markdown(report: dict[str, Any], sets: Sequence[str]) -> str:
         f"{report['processor']}, commit {report['git_commit']}\n"
         + table("AUC, %|" + "|".join(f"{title}|paper" for title in titles), rows)
         + table("|" + "|".join(f"{title}: training, s|images/s|MiB" for title in titles), speeds)
-        + "\nFlags of each cell: table2.json\n"
+        + DIFFERENCES
     )
 
 
