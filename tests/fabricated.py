@@ -18,7 +18,7 @@ def write_run(folder: Path, auc: object = 0.8, seed: int = 0, **settings: object
     config = {"settings": chosen, "git_commit": "abc", "machine": {"gpu": None}}
     results = {
         "train_time": 7.0,
-        "test_time": 0.5,
+        "test_time": 1.0,
         "n_test": 2,
         "peak_mib": 900.0 + seed,
         "test_auc": auc,

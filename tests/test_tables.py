@@ -28,7 +28,7 @@ def test_a_cell_is_mean_and_t_interval_as_scipy_has_it(tmp_path):
     assert only_cell(table) == {
         "text": f"{100 * np.mean(aucs):.2f} ± {50 * (high - low):.2f} (n = 4)",
         "aucs": aucs, "paper": "68.21 ± 2.23", "runs": 4,
-        "cost": {"training, s": 7.0, "images/s": 4.0, "MiB": 903.0},
+        "cost": {"training, s": 7.0, "images/s": 2.0, "MiB": 903.0},
     }  # fmt: skip
 
 
@@ -139,12 +139,17 @@ def test_what_runs_cost_stands_below_the_table(tmp_path):
     table = tabulate("T", [Cell("A", "x", jobs), Cell("B", "x", (loop,), "none")])
     text = to_markdown(table)
     assert "|  | x: training, s | x: images/s | x: MiB |" in text
-    assert "| A | 7 | 4 | 901 |" in text
+    assert "| A | 7 | 2 | 901 |" in text
     assert "| B |  |  |  |" in text
     older = read_json(jobs[1].folder / "results.json")
     del older["peak_mib"]
     (jobs[1].folder / "results.json").write_text(json.dumps(older))
     assert "images/s" not in to_markdown(tabulate("T", [Cell("A", "x", jobs)]))
+
+
+def test_normal_classes_are_named(tmp_path):
+    jobs = tuple(write_run(tmp_path / str(k), seed=k, normal_class=[k, 9]) for k in range(2))
+    assert "Normal: 0 + 9, 1 + 9." in tabulate("T", [Cell("A", "x", jobs)])["notes"]
 
 
 def test_studies_are_compared_in_pairs(tmp_path):

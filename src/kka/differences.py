@@ -71,7 +71,7 @@ def describe_runs(rows: Mapping[str, Sequence[Run]]) -> list[str]:
         by_text.setdefault("; or ".join(texts), []).append(row)
     by_text.pop("", None)
     notes = [f"Not the paper's settings: {', '.join(names)}: {text}." for text, names in by_text.items()]
-    return [*stand_ins(runs), *notes, *_where(runs)]
+    return [*stand_ins(runs), *_classes(runs), *notes, *_where(runs)]
 
 
 def other_settings(settings: Mapping[str, Any]) -> str:
@@ -143,6 +143,13 @@ def _describe_drawer(s: Mapping[str, Any]) -> str:
         return "Drawer: the garden's own, which stands in for a text-to-image model."
     model = s.get("drawer_model") or s.get("drawer_preset") or "its default model"
     return f"Drawer: {s['drawer_backend']}, {_shown(model)} (paper: CogView-3-Plus or Stable Diffusion)."
+
+
+def _classes(runs: Iterable[Run]) -> list[str]:
+    """Which classes were normal, where that was chosen."""
+    chosen = [run.settings.get("normal_class") or [] for run in runs]
+    names = dict.fromkeys(" + ".join(map(str, classes)) for classes in chosen if classes)
+    return [f"Normal: {', '.join(names)}."] if names else []
 
 
 def _where(runs: Iterable[Run]) -> list[str]:
