@@ -141,6 +141,10 @@ def _describe_drawer(s: Mapping[str, Any]) -> str:
         )
     if s["drawer_backend"] == "garden":
         return "Drawer: the garden's own, which stands in for a text-to-image model."
+    if s["drawer_backend"] == "diffusers" and s.get("drawer_preset") == "own":
+        return (
+            f"Drawer: {_shown(s.get('drawer_model'))} (diffusers), which stands in for Stable Diffusion 1.5."
+        )
     model = s.get("drawer_model") or s.get("drawer_preset") or "its default model"
     return f"Drawer: {s['drawer_backend']}, {_shown(model)} (paper: CogView-3-Plus or Stable Diffusion)."
 

@@ -132,13 +132,13 @@ class Run:
         )
         began = time.monotonic()
         test_scores = detector.score(data.test.resized)
-        cost = {"train_time": journal.seconds("train"), "test_time": time.monotonic() - began}
-        cost["peak_mib"] = peak_memory()
+        times = {"train_time": journal.seconds("train"), "test_time": time.monotonic() - began}
+        cost = {**times, "n_test": len(targets), "peak_mib": peak_memory()}
         normals = threshold_images(s.threshold_from, data, train, heldout)
         check_scores(self.name, test_scores, detector.score(normals))
         split = yield from self._split(detector, data, train, normals)
         results = {**cost, **test_metrics(targets, test_scores), **split.counts()}
-        results |= {"n_test": len(targets), "n_skipped": data.n_skipped, "seed": s.seed}
+        results |= {"n_skipped": data.n_skipped, "seed": s.seed}
         self._write(detector, journal, split, results, data.native)
 
     def _split(

@@ -16,7 +16,7 @@ from kka.metrics import format_interval, mean_interval
 from kka.runs import CONFIG, RESULTS
 from kka.sweep import Job
 
-COST = ("train_time", "test_time", "peak_mib")  # of results.json, with n_test
+COST = ("train_time", "test_time", "n_test", "peak_mib")  # of results.json
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,8 @@ def cost_of(results: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Mean seconds of training, mean images per second of the test, and the most memory of any run, MiB."""
     if not results or not all(set(COST) <= each.keys() for each in results):
         return {}  # runs of a version that did not measure them
-    seconds, tested, peaks = ([each[key] for each in results] for key in COST)
-    speeds = [each["n_test"] / time for each, time in zip(results, tested, strict=True)]
+    seconds, times, tested, peaks = ([each[key] for each in results] for key in COST)
+    speeds = [n / time for n, time in zip(tested, times, strict=True)]
     return {
         "training, s": sum(seconds) / len(results),
         "images/s": sum(speeds) / len(results),

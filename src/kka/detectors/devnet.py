@@ -27,7 +27,7 @@ from kka.detectors.deviation import (
     find_groups,
     rotate,
 )
-from kka.detectors.parts import SCALE_IMAGES, cycled, gradient_step, in_batches, score_images
+from kka.detectors.parts import SCALE_IMAGES, cycled, feature_scale, gradient_step, in_batches, score_images
 from kka.errors import UserError
 from kka.journal import Journal, Stateful
 from kka.networks.backbones import Backbone, BackboneSettings
@@ -136,7 +136,9 @@ class DevNet:
             )
         if not self.warm_start:
             model.backbone.load_pretrained()
-            self._scale_features(train.resized[groups.normals[:SCALE_IMAGES]])
+            some = train.resized[groups.normals[:SCALE_IMAGES]]
+            scale = feature_scale(s.feature_std, self._features_of, some, FEATURE_BATCH)
+            model.feature_scale.fill_(scale)
         optimizer = torch.optim.Adam(model.parameters(), s.lr, weight_decay=s.weight_decay)
         scheduler = StepLR(optimizer, DECAY_EVERY, gamma=0.1)
         parts: dict[str, Stateful] = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
@@ -158,12 +160,10 @@ class DevNet:
         if s.n_epochs or not self.warm_start:
             self.set_references(train, groups)
 
-    def _scale_features(self, images: Tensor) -> None:
-        """Features of some backbones are many times larger than those of ResNet-18."""
-        if self.settings.feature_std:
-            self.model.eval()
-            maps = in_batches(lambda part: self.model.pyramid(part.to(self.device))[0], images, FEATURE_BATCH)
-            self.model.feature_scale.copy_(self.settings.feature_std / maps.std())
+    @torch.no_grad()
+    def _features_of(self, images: Tensor) -> Tensor:
+        """(N, 3, S, S) -> (N, C, h, w) at full size."""
+        return self.model.eval().pyramid(images.to(self.device))[0]
 
     def set_references(self, train: TrainSet, groups: Groups) -> None:
         """DevNet has none."""
@@ -178,10 +178,7 @@ class DevNet:
 
     def embed(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) uint8 -> (N, C) mean of the features at full size, on the CPU."""
-        self.model.eval()
-        return in_batches(
-            lambda part: self.model.pyramid(part.to(self.device))[0].mean((2, 3)).cpu(), images, FEATURE_BATCH
-        )
+        return in_batches(lambda part: self._features_of(part).mean((2, 3)).cpu(), images, FEATURE_BATCH)
 
     def state_dict(self) -> dict[str, Any]:
         """Weights of backbone and heads, and the references."""

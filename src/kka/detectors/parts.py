@@ -67,6 +67,14 @@ def in_batches(function: Callable[[Tensor], Tensor], images: Tensor, size: int) 
     return torch.cat([function(part) for part in images.split(size)])
 
 
+def feature_scale(std: float, features: Callable[[Tensor], Tensor], normals: Tensor, size: int) -> float:
+    """Factor that gives `features` of training normals the deviation `std`; 1 if that is 0.
+
+    Absolute noise and learning rates are made for features of one backbone; others' are many times larger.
+    """
+    return std / float(in_batches(features, normals, size).std()) if std else 1.0
+
+
 def score_images(scorer: nn.Module, images: Tensor, device: torch.device, size: int) -> Tensor:
     """(N, 3, S, S) uint8 -> (N,) scores on the CPU, `size` images at a time."""
     scorer.eval()

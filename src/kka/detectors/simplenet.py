@@ -19,6 +19,7 @@ from kka.detectors.contract import Evaluate
 from kka.detectors.parts import (
     SCALE_IMAGES,
     cycled,
+    feature_scale,
     gradient_step,
     in_batches,
     score_images,
@@ -217,7 +218,9 @@ class SimpleNet:
         normals, anomalies = split_labels(train)
         if not self.warm_start:
             model.backbone.load_pretrained()
-            self._scale_features(train.resized[normals[:SCALE_IMAGES]])
+            some = train.resized[normals[:SCALE_IMAGES]]
+            scale = feature_scale(s.feature_std, self._patches, some, FEATURE_BATCH)
+            model.feature_scale.fill_(scale)
         optimizers = make_optimizers(model, s)
         parts: dict[str, Stateful] = {"adaptor": model.adaptor, "discriminator": model.discriminator}
         parts |= {f"optimizer_{i}": optimizer for i, optimizer in enumerate(optimizers)}
@@ -317,12 +320,6 @@ class SimpleNet:
         for rows in torch.arange(len(train)).split(FEATURE_BATCH):
             cache[rows.to(self.device)] = self._patches(train.resized[rows])
         return lambda rows, stream: cache[rows.to(self.device)]
-
-    def _scale_features(self, images: Tensor) -> None:
-        """The noise is absolute, so features of another backbone are brought to the size it was made for."""
-        if self.settings.feature_std:
-            std = in_batches(self._patches, images, FEATURE_BATCH).std()
-            self.model.feature_scale.copy_(self.settings.feature_std / std)
 
     @torch.no_grad()
     def _patches(self, images: Tensor) -> Tensor:
