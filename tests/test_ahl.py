@@ -19,7 +19,7 @@ from kka.detectors.ahl_steps import (
     official_errors,
     query_gradient,
 )
-from kka.detectors.ahl_tasks import FeatureBank, Part, bank_labels, cluster_normals, make_tasks
+from kka.detectors.ahl_tasks import Part, bank_labels, cluster_normals, make_tasks
 from kka.detectors.deviation import MARGIN, DevNetHeads, DRAHeads, find_groups
 from kka.errors import UserError
 from kka.journal import Journal
@@ -239,31 +239,6 @@ def test_later_steps_of_adaptation_pass_the_gradient_on():
     at_the_end = torch.autograd.grad(batch_loss(heads, leaves, batch), list(leaves.values()))
     torch.testing.assert_close(gradients, list(at_the_end))
     assert batch_loss(heads, adapted, batch) < batch_loss(heads, start, batch)
-
-
-def test_features_on_disk_are_continued_where_they_stopped(tmp_path):
-    model = AHL(TINY).base.model.eval()
-    images = toy_images(40, True, 64).float() / 255
-    asked = []
-
-    def some(first, n):
-        asked.append(first)
-        if len(asked) == 2:
-            raise KeyboardInterrupt
-        return images[first : first + n]
-
-    with pytest.raises(KeyboardInterrupt):
-        FeatureBank(model, some, 40, tmp_path / "features")
-    bank = FeatureBank(model, some, 40, tmp_path / "features")
-    assert asked == [0, 16, 16, 32]
-    rows = torch.tensor([39, 0, 20])
-    device = torch.device("cpu")
-    memory = FeatureBank(model, lambda first, n: images[first : first + n], 40, None)
-    for on_disk, in_memory, wanted in zip(
-        bank.take(rows, device), memory.take(rows, device), model.pyramid(images[rows]), strict=True
-    ):
-        assert torch.equal(on_disk, in_memory)
-        torch.testing.assert_close(on_disk, wanted, rtol=1e-4, atol=1e-4)
 
 
 def two_kinds(side=64):

@@ -115,3 +115,20 @@ def test_without_anomalies_there_is_a_warning(caplog):
     train = toy_train_set(n_anomalies=0, side=64)
     DevNet(replace(TINY, n_epochs=0)).fit(train)
     assert "there are none; see --n_anomaly" in caplog.text
+
+
+def test_features_are_scaled_to_the_deviation_that_is_asked_for():
+    train, images = toy_train_set(8, 4, side=64), toy_images(4, True, 64, seed=3)
+    detector = DevNet(replace(TINY, feature_std=1.0, n_epochs=1))
+    detector.fit(train)
+    normals = find_groups(train, False).normals
+    with torch.no_grad():
+        assert float(detector.model.eval().pyramid(train.resized[normals])[0].std()) == pytest.approx(1)
+        unscaled = pyramid(detector.model.backbone, train.resized[normals], 2)[0].std()
+    assert float(unscaled) != pytest.approx(1, rel=0.1)
+    again = DevNet(replace(TINY, n_epochs=1), seed=1)
+    again.load_state_dict(detector.state_dict())  # the scale is a part of the model
+    assert torch.equal(again.score(images), detector.score(images))
+    as_they_are = DevNet(replace(TINY, n_epochs=1))
+    as_they_are.fit(train)
+    assert float(as_they_are.model.feature_scale) == 1

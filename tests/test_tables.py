@@ -9,6 +9,7 @@ import scipy.stats
 from fabricated import write_loop, write_run, write_study
 from toy import read_json
 
+from kka.differences import _describe_drawer
 from kka.hardness_table import compare
 from kka.metrics import mean_interval
 from kka.tables import Cell, read_results, tabulate, to_latex, to_markdown, write_table
@@ -93,6 +94,12 @@ def test_notes_say_what_stands_in_for_what_and_no_path(tmp_path):
     assert "nearest captioned image" in notes
     assert "H100" in notes
     assert "someone" not in notes
+
+
+def test_a_checkpoint_of_ones_own_stands_in_for_stable_diffusion():
+    own = {"drawer_backend": "diffusers", "drawer_preset": "own", "drawer_model": "/home/someone/tiny"}
+    assert _describe_drawer(own) == "Drawer: tiny (diffusers), which stands in for Stable Diffusion 1.5."
+    assert "stands in" not in _describe_drawer({**own, "drawer_preset": "sd15", "drawer_model": None})
 
 
 def test_notes_name_settings_that_are_not_the_papers(tmp_path):

@@ -1,0 +1,48 @@
+"""AHL's features: kept on disk, of turned images."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_ahl import TINY, two_kinds
+from toy_tensors import toy_images
+
+from kka.detectors.ahl import AHL
+from kka.detectors.ahl_tasks import FeatureBank
+from kka.detectors.deviation import find_groups
+
+
+def test_features_on_disk_are_continued_where_they_stopped(tmp_path):
+    model = AHL(TINY).base.model.eval()
+    images = toy_images(40, True, 64).float() / 255
+    asked = []
+
+    def some(first, n):
+        asked.append(first)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return images[first : first + n]
+
+    with pytest.raises(KeyboardInterrupt):
+        FeatureBank(model, some, 40, tmp_path / "features")
+    bank = FeatureBank(model, some, 40, tmp_path / "features")
+    assert asked == [0, 16, 16, 32]
+    rows = torch.tensor([39, 0, 20])
+    device = torch.device("cpu")
+    memory = FeatureBank(model, lambda first, n: images[first : first + n], 40, None)
+    for on_disk, in_memory, wanted in zip(
+        bank.take(rows, device), memory.take(rows, device), model.pyramid(images[rows]), strict=True
+    ):
+        assert torch.equal(on_disk, in_memory)
+        torch.testing.assert_close(on_disk, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("turned", [True, False])
+def test_features_are_of_turned_images_or_of_images_as_they_are(turned):
+    train = two_kinds()
+    detector = AHL(replace(TINY, turned=turned))
+    bank = detector._fill_bank(train, find_groups(train, False), None)
+    with torch.no_grad():
+        plain = detector.base.model.pyramid(train.resized)[0]
+    kept = torch.from_numpy(bank.arrays[0][: len(train)])
+    assert torch.allclose(kept, plain, rtol=1e-4, atol=1e-4) is not turned
