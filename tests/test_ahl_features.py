@@ -24,17 +24,17 @@ def test_features_on_disk_are_continued_where_they_stopped(tmp_path):
         return images[first : first + n]
 
     with pytest.raises(KeyboardInterrupt):
-        FeatureBank(model, some, 40, tmp_path / "features")
-    bank = FeatureBank(model, some, 40, tmp_path / "features")
+        FeatureBank(model, some, 20, 2, tmp_path / "features")
+    bank = FeatureBank(model, some, 20, 2, tmp_path / "features")
     assert asked == [0, 16, 16, 32]
-    rows = torch.tensor([39, 0, 20])
+    rows = torch.tensor([19, 0, 7])
     device = torch.device("cpu")
-    memory = FeatureBank(model, lambda first, n: images[first : first + n], 40, None)
+    memory = FeatureBank(model, lambda first, n: images[first : first + n], 20, 2, None)
     for on_disk, in_memory, wanted in zip(
         bank.take(rows, device), memory.take(rows, device), model.pyramid(images[rows]), strict=True
     ):
         assert torch.equal(on_disk, in_memory)
-        torch.testing.assert_close(on_disk, wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(on_disk, wanted, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("turned", [True, False])
@@ -44,5 +44,18 @@ def test_features_are_of_turned_images_or_of_images_as_they_are(turned):
     bank = detector._fill_bank(train, find_groups(train, False), None)
     with torch.no_grad():
         plain = detector.base.model.pyramid(train.resized)[0]
-    kept = torch.from_numpy(bank.arrays[0][: len(train)])
-    assert torch.allclose(kept, plain, rtol=1e-4, atol=1e-4) is not turned
+    kept = torch.from_numpy(bank.arrays[0][: len(train)]).float()
+    assert torch.allclose(kept, plain, rtol=2e-3, atol=2e-3) is not turned
+
+
+def test_each_image_is_taken_in_all_its_views():
+    model = AHL(TINY).base.model.eval()
+    images = toy_images(9, True, 64).float() / 255
+    bank = FeatureBank(model, lambda first, n: images[first : first + n], 3, 3, None)
+    views = torch.from_numpy(bank.arrays[0]).float().view(3, 3, -1)
+    stream = torch.Generator().manual_seed(0)
+    taken = bank.take(torch.ones(60, dtype=torch.long), torch.device("cpu"), stream)[0].flatten(1)
+    seen = {tuple((row == views[:, 1]).all(1).tolist()) for row in taken}
+    assert seen == {(True, False, False), (False, True, False), (False, False, True)}
+    first = bank.take(torch.tensor([1]), torch.device("cpu"))[0].flatten()
+    assert torch.equal(first, views[0, 1])

@@ -74,6 +74,15 @@ def test_mixed_settings_are_no_cell(tmp_path):
     assert any("lr (0.0001, 0.01)" in note for note in table["notes"])
 
 
+def test_loops_that_are_tracked_in_different_ways_are_one_cell(tmp_path):
+    jobs = tuple(write_loop(tmp_path / name, [0.7], [0.8]) for name in "ab")
+    path = jobs[0].folder / "config.json"
+    config = read_json(path)
+    del config["settings"]["tune_report_to"]  # as a version before the option wrote it
+    path.write_text(json.dumps(config))
+    assert only_cell(tabulate("T", [Cell("row", "none", jobs, part="none")]))["runs"] == 2
+
+
 def test_rounds_of_a_loop_are_means_of_their_detectors(tmp_path):
     job = write_loop(tmp_path / "loop", [0.5, 0.7], [0.8, 0.9], [0.7, 0.7])
     cells = [Cell("rep", name, (job,), part) for name, part in (("none", "none"), ("0", "0"), ("2", "2"))]

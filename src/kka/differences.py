@@ -10,6 +10,7 @@ from kka.detectors import DETECTORS
 from kka.hardness_study import HardnessSettings
 from kka.language_models import DEFAULT_MODEL
 from kka.loop import PREFIXED, LoopSettings
+from kka.loop_folder import PLACE as LOOP_PLACE
 from kka.options import PLACE, ExperimentSettings
 
 
@@ -29,7 +30,7 @@ VARIED = frozenset({"seed", "normal_class", "normal_superclass", "dataset_name"}
 ASKED = frozenset({
     "detector", "mode", "rounds", "n_anomalies", "n_anomaly", "base_model", "selections", "modes", "n_base",
 })  # fmt: skip
-SPEED = frozenset({"draw_batch", "llm_parallel", "llm_timeout", "drawer_max_requests", "llm_max_requests"})
+SPEED = frozenset({"llm_parallel", "llm_timeout", "drawer_max_requests", "llm_max_requests"})
 IN_WORDS = frozenset({
     "llm_model", "llm_backend", "llm_base_url", "drawer_backend", "drawer_model", "drawer_preset",
     "drawer_bank", "drawer_bank_exclude", "drawer_base_url",
@@ -50,7 +51,7 @@ def mixed_settings(runs: Sequence[Run]) -> str:
 
 
 def _decides(key: str) -> bool:
-    return not (key in VARIED or key in PLACE or key in SPEED or key.endswith("_device"))
+    return key not in VARIED | PLACE | LOOP_PLACE | SPEED and not key.endswith("_device")
 
 
 def _shown(value: Any) -> str:

@@ -69,7 +69,8 @@ class AHLSettings(DRASettings):
     n_epochs: int = option(30, "epochs of collaborative learning")
     pseudo: tuple[str, ...] = option(KINDS, f"kinds of pseudo anomalies: {', '.join(KINDS)}")
     turned: bool = option(
-        True, "features of turned images, as in the base model's training; False: as they are"
+        True,
+        "features of --views turned copies, as in the base model's training; False: of images as they are",
     )
     n_clusters: int = option(3, "clusters of normals; every ordered pair of them makes a task")
     seen_split: str = option(
@@ -152,8 +153,8 @@ class AHL:
         bank = None
         if CLUSTERS not in journal.facts:
             bank = self._fill_bank(train, groups, folder)
-            plain = bank.arrays[0][groups.normals.numpy()]
-            journal.facts[CLUSTERS] = cluster_normals(plain, s.n_clusters, self.seed)
+            normals = bank.arrays[0][groups.normals.numpy()]
+            journal.facts[CLUSTERS] = cluster_normals(normals, s.n_clusters, self.seed)
         flags = (s.seen_split == "disjoint", s.pseudo_kinds == "different")
         tasks = make_tasks(journal.facts[CLUSTERS], groups, len(s.pseudo), *flags, self.seed)
         learning = Collaboration(s, self.base, tasks, bank_labels(groups, len(s.pseudo)), self.seed)
@@ -202,19 +203,20 @@ class AHL:
         self.base.model.heads = heads.to(self.device)
 
     def _fill_bank(self, train: TrainSet, groups: Groups, folder: Path | None) -> FeatureBank:
-        """Features of the training images as they are, and of each kind of pseudo anomaly of the normals."""
-        n, n_normals, kinds = len(train), len(groups.normals), self.settings.pseudo
+        """Features of the training images, and of each kind of pseudo anomaly of the normals."""
+        s, n, n_normals = self.settings, len(train), len(groups.normals)
+        kinds, total = s.pseudo, n + len(s.pseudo) * n_normals
 
         def images(first: int, count: int) -> Tensor:
-            rows = torch.arange(first, first + count)
+            rows = torch.arange(first, first + count) % total
             sources = torch.where(rows < n, rows, groups.normals[(rows - n).clamp(min=0) % n_normals])
             chosen = [kinds[(row - n) // n_normals] if row >= n else None for row in rows.tolist()]
             stream = generator(self.seed, "bank", first)
             made = self.made.of(train, sources, chosen, stream).to(self.device)
-            return self.base.turn(made, stream) if self.settings.turned else made
+            return self.base.turn(made, stream) if s.turned else made
 
         self.base.model.eval()
-        return FeatureBank(self.base.model, images, n + len(kinds) * n_normals, folder)
+        return FeatureBank(self.base.model, images, total, s.views if s.turned else 1, folder)
 
 
 class Collaboration:
@@ -286,9 +288,9 @@ class Collaboration:
         device = self.base.device
         for part in rows:
             chosen = torch.randint(len(self.normals), (self.settings.n_references,), generator=stream)
-            references = [maps.mean(0) for maps in bank.take(self.normals[chosen], device)]
+            references = [maps.mean(0) for maps in bank.take(self.normals[chosen], device, stream)]
             draws = draw_prior(stream, self.heads.n_draws).to(device)
-            yield Batch(bank.take(part, device), references, self.labels[part].to(device), draws)
+            yield Batch(bank.take(part, device, stream), references, self.labels[part].to(device), draws)
 
     @torch.no_grad()
     def _score_pool(self, bank: FeatureBank, parameters: Parameters) -> Tensor:

@@ -23,34 +23,41 @@ PROGRESS = "progress.json"
 
 
 class FeatureBank:
-    """Feature maps of many images, memory-mapped if there is a folder.
+    """Feature maps of many images in several views, in half precision, memory-mapped if there is a folder.
 
     Args:
         model: its backbone gives the features.
-        images: `images(first, n)` -> (n, 3, S, S) images number first, ..., always the same ones.
+        images: `images(first, n)` -> (n, 3, S, S) images number first, ..., always the same ones. Behind all
+            images in the first view come all of them in the second.
         n: number of images.
+        views: of each image.
         folder: where the files are, and go on being filled after an interruption; None: in memory.
     """
 
     def __init__(
-        self, model: DeviationNetwork, images: Callable[[int, int], Tensor], n: int, folder: Path | None
+        self,
+        model: DeviationNetwork,
+        images: Callable[[int, int], Tensor],
+        n: int,
+        views: int,
+        folder: Path | None,
     ) -> None:
-        shapes = [(n, *reference.shape) for reference in model.references]
-        done = 0
+        self.n, self.views, total, done = n, views, n * views, 0
+        shapes = [(total, *reference.shape) for reference in model.references]
         if folder is None:
-            self.arrays: list[np.ndarray] = [np.empty(shape, np.float32) for shape in shapes]
+            self.arrays: list[np.ndarray] = [np.empty(shape, np.float16) for shape in shapes]
         else:
             folder.mkdir(exist_ok=True)
             done = read_json(folder / PROGRESS)["done"] if (folder / PROGRESS).exists() else 0
             self.arrays = [
                 np.lib.format.open_memmap(
-                    folder / f"features_{k}.npy", "r+" if done else "w+", np.float32, shape
+                    folder / f"features_{k}.npy", "r+" if done else "w+", np.float16, shape
                 )
                 for k, shape in enumerate(shapes)
             ]
-        starts = range(done, n, BANK_BATCH)
+        starts = range(done, total, BANK_BATCH)
         for first in tqdm(starts, desc="features", unit="batch", disable=None, leave=False):
-            self._fill(model, images, first, min(BANK_BATCH, n - first), folder)
+            self._fill(model, images, first, min(BANK_BATCH, total - first), folder)
 
     @torch.no_grad()
     def _fill(
@@ -68,9 +75,11 @@ class FeatureBank:
         if folder is not None:
             write_json(folder / PROGRESS, {"done": first + n})
 
-    def take(self, rows: Tensor, device: torch.device) -> Features:
-        """(N, C, h, w) of each size."""
-        return [torch.from_numpy(array[rows.numpy()]).to(device) for array in self.arrays]
+    def take(self, rows: Tensor, device: torch.device, stream: Generator | None = None) -> Features:
+        """(N, C, h, w) of each size; each image in a random view, without a stream in the first."""
+        if stream is not None:
+            rows = rows + self.n * torch.randint(self.views, (len(rows),), generator=stream)
+        return [torch.from_numpy(array[rows.numpy()]).to(device).float() for array in self.arrays]
 
 
 def cluster_normals(features: np.ndarray, n_clusters: int, seed: int) -> list[int]:
@@ -83,7 +92,7 @@ def cluster_normals(features: np.ndarray, n_clusters: int, seed: int) -> list[in
             f"--n_clusters {n_clusters}: there are only {len(features)} normal images; lower it or add some"
         )
     means = KMeans(n_clusters, n_init=10, random_state=derive_seed(seed, "clusters") % 2**32)
-    numbers = means.fit_predict(features.reshape(len(features), -1))
+    numbers = means.fit_predict(features.reshape(len(features), -1).astype(np.float32))
     sizes = np.bincount(numbers, minlength=n_clusters)
     if (sizes >= SMALLEST_CLUSTER).sum() < 2:
         raise UserError(

@@ -66,7 +66,9 @@ class DevNetSettings(BackboneSettings):
     lr: float = option(2e-4, "learning rate, a tenth after every tenth epoch")
     weight_decay: float = option(1e-5, "L2 penalty")
     fine_tune: bool = option(True, "train the backbone; False: only what is on it, on features that are kept")
-    views: int = option(4, "turned copies of each image whose features are kept, without --fine_tune")
+    views: int = option(
+        4, "turned copies of each image whose features are kept: by AHL, and without --fine_tune"
+    )
     feature_std: float = option(
         0.0, "deviation to which features are scaled, as the learning rates are made for; 0: as they are"
     )
