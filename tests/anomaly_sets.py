@@ -45,13 +45,15 @@ def draw_set(folder, n, seed=0, round=0):
 
 def judge(folder, hard, easy=None, scores=None):
     """Record a split of all live images; `hard` and `easy` are places."""
-    n = len(live(read_items(folder)))
+    current = live(read_items(folder))
+    n = len(current)
     easy = [k for k in range(n) if k not in hard] if easy is None else easy
     is_hard = np.isin(np.arange(n), list(hard))
     scores = np.arange(n, dtype=float) if scores is None else scores
     split = SimpleNamespace(
-        index=tuple(range(n)), scores=scores, hard=is_hard, easy=np.array(easy, dtype=int)
-    )
+        index=tuple(range(n)), captions=tuple((it.caption,) for it in current), scores=scores, hard=is_hard,
+        easy=np.array(easy, dtype=int),
+    )  # fmt: skip
     record_split(folder, split)
 
 

@@ -120,12 +120,25 @@ def test_manifests_of_several_processes_are_read_together_and_merged(tmp_path):
     assert read_items(tmp_path) == items(5, "new")
 
 
-def test_one_process_at_a_time_fills_a_folder(tmp_path):
-    second = appending(tmp_path)
-    with appending(tmp_path), appending(tmp_path, (1, 2)), pytest.raises(UserError, match="another process"):
-        second.__enter__()
-    with appending(tmp_path):
+@pytest.mark.parametrize(
+    ("first", "second"), [((0, 1), (0, 1)), ((0, 1), (1, 2)), ((0, 2), (0, 1)), ((1, 2), (1, 2))]
+)
+def test_one_launch_at_a_time_fills_a_folder(tmp_path, first, second):
+    with appending(tmp_path, first), pytest.raises(UserError, match="another process"):
+        appending(tmp_path, second).__enter__()
+    with appending(tmp_path, (0, 2)), appending(tmp_path, (1, 2)):
         pass
+    with appending(tmp_path, second):
+        pass
+
+
+def test_a_split_waits_until_the_folder_is_filled(tmp_path):
+    folder = draw_set(tmp_path / "0", 2)
+    with appending(folder) as append:
+        with pytest.raises(UserError, match="another process"):
+            judge(folder, hard=(0,))
+        append([item(3)])
+    assert len(read_items(folder)) == 3
 
 
 def test_split_is_recorded_and_changes_nothing_else(tmp_path):
@@ -142,9 +155,21 @@ def test_split_counts_places_of_the_live_images(tmp_path):
     write_set(tmp_path, [item(1), item(2, replaced=1), item(3)], GARDEN)
     judge(tmp_path, hard=(1,))
     assert [it.status for it in read_items(tmp_path)] == ["easy", "new", "hard"]
-    split = SimpleNamespace(index=(2,), scores=np.zeros(1), hard=np.ones(1, bool), easy=np.array([], int))
-    with pytest.raises(UserError, match="2 images in its manifest, fewer than were scored"):
+
+
+@pytest.mark.parametrize(
+    ("index", "caption", "part"),
+    [(2, "caption 3", "2 images in its manifest, fewer than were scored"), (1, "a rose", "'a rose'")],
+)
+def test_a_split_of_another_folder_is_refused(tmp_path, index, caption, part):
+    write_set(tmp_path, items(2, "new"), GARDEN)
+    split = SimpleNamespace(
+        index=(index,), captions=((caption,),), scores=np.zeros(1), hard=np.ones(1, bool),
+        easy=np.array([], int),
+    )  # fmt: skip
+    with pytest.raises(UserError, match=part):
         record_split(tmp_path, split)
+    assert {it.status for it in read_items(tmp_path)} == {"new"}
 
 
 def test_folders_without_images_are_nobodys(tmp_path):

@@ -10,7 +10,7 @@ from tiny_diffusion import tiny_diffusion
 from toy import read_json, snapshot
 from unreliable_drawer import CAPTIONS, GARDEN, RECORDS, Unreliable, draw
 
-from kka.anomalies import MANIFEST, file_name, read_items
+from kka.anomalies import LOCK, MANIFEST, file_name, read_items
 from kka.datasets import garden
 from kka.datasets.task import read_anomalies
 from kka.draw import finish, image_seed, read_captions
@@ -26,7 +26,7 @@ def test_folder_is_whole_and_paired(painted):
     images = read_anomalies(painted, GARDEN)
     assert [set(block) for block in images.captions] == [{caption} for caption in CAPTIONS]
     assert sorted(p.name for p in painted.iterdir() if p.suffix != ".png") == sorted(
-        [MANIFEST, "image.json", "text_caption.json"]
+        [LOCK, MANIFEST, "image.json", "text_caption.json"]
     )
     for number, item in enumerate(items, 1):
         assert item.seed == image_seed(0, item.caption, number)

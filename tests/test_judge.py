@@ -1,5 +1,6 @@
 """create/update_anomalies.py: fresh images before a trained evaluator, and the next set."""
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from toy import read_json, run_toy, write_toy_set
 from kka.anomalies import live, read_items
 from kka.datasets import get_spec
 from kka.datasets.images import read_like
-from kka.judge import hard_share, judge_folder
+from kka.judge import hard_share, judge_folder, read_split
 from kka.run import load_detector, load_native
 
 SCRIPT = Path(__file__).resolve().parents[1] / "create" / "update_anomalies.py"
@@ -84,6 +85,28 @@ def test_a_run_of_swapped_colours_judges_swapped_colours(world, tmp_path):
     assert scores == pytest.approx(expected.tolist(), rel=1e-5)
 
 
+def test_swapped_folders_are_told_by_their_captions(call, world):
+    code, _, err = call(anomaly_path=world / "fresh", fresh=world / "set")
+    assert code == 2
+    assert "give the folder that the run was trained on" in err
+    assert {item.status for item in read_items(world / "fresh")} <= {"new", "hard", "easy"}
+
+
+def test_the_data_set_is_that_of_the_run(call, tmp_path):
+    assert call(dataset_name=None)[0] == 0
+    assert (tmp_path / "next" / "text_caption.json").exists()
+
+
+def test_an_image_in_both_lists_of_the_official_split_is_hard(tmp_path):
+    rows = [[[index, 1, 0.5], ["a"]] for index in range(3)]
+    (tmp_path / "d_samples.json").write_text(json.dumps(rows[1:2]))
+    (tmp_path / "e_samples.json").write_text(json.dumps(rows))
+    (tmp_path / "model.json").write_text('{"threshold": 0.6}')
+    split = read_split(tmp_path)
+    assert split.index == (0, 1, 2)
+    assert (split.hard.tolist(), split.easy.tolist()) == ([False, True, False], [0, 2])
+
+
 def test_the_current_set_gets_the_split_of_the_run(call, world):
     assert call()[0] == 0
     hard = {row[0][0] for row in read_json(world / "run" / "d_samples.json")}
@@ -99,6 +122,8 @@ def test_the_current_set_gets_the_split_of_the_run(call, world):
         ({"run": "nowhere"}, "--run nowhere is no finished run"),
         ({"mode": "swap"}, "invalid choice: 'swap'"),
         ({"dataset_name": "roses"}, "unknown data set 'roses'"),
+        ({"dataset_name": "ucm_caption"}, "is of Garden (drawn flowers); leave the flag out"),
+        ({"anomaly_path": "nowhere"}, "the anomaly folder nowhere does not exist"),
     ],
 )
 def test_bad_input_is_one_sentence(call, flags, part, tmp_path):

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from kka.results import Scored
 
 MANIFEST = "manifest.jsonl"
+LOCK = ".lock"
 PER_ROUND = 59  # new hard anomalies per round: the paper's sets of 200 grow to 318 in two rounds
 MODES = ("add", "rep")
 MAX_NUMBER = 99_999
@@ -141,38 +142,53 @@ def refuse_foreign(folder: Path) -> None:
 
 
 @contextmanager
+def held(folder: Path, shared: bool = False) -> Iterator[None]:
+    """Hold the folder, which is made if it is missing, against all others that would write there.
+
+    The processes of one launch share it. Raises UserError if another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "ab") as file:
+        _lock(file, folder, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        yield
+
+
+def _lock(file: BinaryIO, folder: Path, kind: int) -> None:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(
+            f"{folder} is being filled by another process; wait for it or choose another folder"
+        ) from None
+
+
+@contextmanager
 def appending(folder: Path, shard: tuple[int, int] = (0, 1)) -> Iterator[Callable[[Sequence[Item]], None]]:
     """A function that appends items to the manifest and returns when they are safe on disk.
 
     Args:
-        folder: made if it is missing.
+        folder: made if it is missing, and held.
         shard: (i, n), process i of n; each has a manifest of its own until `write_set` merges them.
 
     Raises UserError if another process fills the folder.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     index, n = shard
-    path = folder / (MANIFEST if n == 1 else f"manifest.{index}.jsonl")
-    with open(path, "a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"{folder} is being filled by another process; wait for it or choose another folder"
-            ) from None
+    name = MANIFEST if n == 1 else f"manifest.{index}.jsonl"
+    with held(folder, shared=n > 1), open(folder / name, "a+b") as file:
+        _lock(file, folder, fcntl.LOCK_EX)  # another launch would share the folder, but not this
         _end_line(file)
         yield lambda items: _append(file, items)
 
 
 def write_manifest(folder: Path, items: Sequence[Item]) -> None:
-    """Replace all manifests of the folder by one."""
+    """Replace all manifests of the folder, which the caller holds, by one."""
     write_bytes(folder / MANIFEST, "".join(map(_line, items)).encode())
     for shard in folder.glob("manifest.*.jsonl"):
         shard.unlink()
 
 
 def write_set(folder: Path, items: Sequence[Item], spec: DataSetSpec) -> None:
-    """Write the manifest, and `image.json` and the caption list from it; no other process may write there.
+    """Write the manifest, and `image.json` and the caption list from it; the caller holds the folder.
 
     The caption of an image is repeated `spec.captions_per_image` times, as in the official code.
     """
@@ -186,17 +202,37 @@ def write_set(folder: Path, items: Sequence[Item], spec: DataSetSpec) -> None:
 
 
 def record_split(folder: Path, split: "Scored") -> None:
-    """Record in the manifest which images are hard and which easy (Eq. 6), with their scores."""
-    items = read_items(folder)
-    current, easy = live(items), set(split.easy.tolist())
-    if any(index >= len(current) for index in split.index):
-        raise UserError(f"{folder} has {len(current)} images in its manifest, fewer than were scored")
-    judged = {}
-    for k, index in enumerate(split.index):
-        status = "hard" if split.hard[k] else "easy" if k in easy else "between"
-        item = current[index]
-        judged[item.file] = replace(item, status=status, score=float(split.scores[k]))
-    write_manifest(folder, [judged.get(item.file, item) for item in items])
+    """Record in the manifest which images are hard and which easy (Eq. 6), with their scores.
+
+    Raises UserError if other images were scored, or another process writes there.
+    """
+    if not folder.is_dir():
+        raise UserError(f"the anomaly folder {folder} does not exist; give the one that was scored")
+    with held(folder):
+        items = read_items(folder)
+        current, easy = live(items), set(split.easy.tolist())
+        judged = {}
+        for k, index in enumerate(split.index):
+            item = _scored_item(folder, current, index, split.captions[k])
+            status = "hard" if split.hard[k] else "easy" if k in easy else "between"
+            judged[item.file] = replace(item, status=status, score=float(split.scores[k]))
+        write_manifest(folder, [judged.get(item.file, item) for item in items])
+
+
+def _scored_item(folder: Path, current: Sequence[Item], index: int, captions: Sequence[str]) -> Item:
+    """The item of a scored image; raises UserError if it is another image than was scored."""
+    if index >= len(current):
+        raise UserError(
+            f"{folder} has {len(current)} images in its manifest, fewer than were scored; "
+            "give the folder that the run was trained on"
+        )
+    item = current[index]
+    if captions and item.caption not in captions:
+        raise UserError(
+            f"{folder / item.file} shows {item.caption!r}, scored was an image of {captions[0]!r}; "
+            "give the folder that the run was trained on"
+        )
+    return item
 
 
 # Eq. (8)

@@ -24,6 +24,7 @@ from kka.anomalies import (
     check_image,
     file_name,
     file_number,
+    held,
     live,
     read_items,
     read_lines,
@@ -148,12 +149,20 @@ def draw_captions(
                 new += len(items)
                 bar.update(min(size, len(pending) - start))
         if shard[1] == 1:
-            finish(folder, spec, drawer.failures)
+            _write_drawn(folder, spec, drawer.failures)
     return Drawn(new, len(mine) - len(pending), len(pending) - new, dict(drawer.failures))
 
 
 def finish(folder: Path, spec: DataSetSpec, failures: Counter[str]) -> None:
-    """Merge the manifests and write the lists; raises UserError with the failures if there is no image."""
+    """Merge the manifests of several processes and write the lists.
+
+    Raises UserError with the failures if there is no image, or if another process writes there.
+    """
+    with held(folder):
+        _write_drawn(folder, spec, failures)
+
+
+def _write_drawn(folder: Path, spec: DataSetSpec, failures: Counter[str]) -> None:
     items = read_items(folder)
     if not live(items):
         raise UserError(f"none of the captions could be drawn ({describe_failures(failures)})")

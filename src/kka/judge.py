@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from kka.errors import UserError
 from kka.files import read_json
 from kka.results import MODEL_CARD, Scored
 from kka.run import load_detector
-from kka.runs import RESULTS
+from kka.runs import CONFIG, RESULTS
 from kka.seeds import derive_seed
 from kka.settings import option
 from kka.split import easy_anomalies, hard_anomalies
@@ -25,7 +26,7 @@ from kka.trained import views
 class UpdateSettings:
     """The next anomaly set (Eq. 8)."""
 
-    dataset_name: str = option("flower", "data set whose anomalies they are")
+    dataset_name: str | None = option(None, "data set whose anomalies they are; None: that of --run")
     run: str | None = option(None, "run folder of the evaluator, trained on the current set")
     anomaly_path: str | None = option(None, "the current set, which that run split into hard and easy")
     fresh: str | None = option(None, "new images, of captions by the tuned LLM")
@@ -51,11 +52,24 @@ def update_anomalies(settings: UpdateSettings) -> tuple[Updated, float]:
     )
     if not (run / RESULTS).exists():
         raise UserError(f"--run {run} is no finished run; train it with src/main.py")
-    spec = get_spec(s.dataset_name)
+    spec = _spec_of(run, s.dataset_name)
     record_split(current, read_split(run))
     share = judge_folder(run, fresh, spec, torch.device(s.device))
     rng = np.random.default_rng(derive_seed(s.seed, "update", s.round))
     return update(current, fresh, out, spec, s.mode, s.round, rng, s.per_round), share
+
+
+def run_settings(run: Path) -> dict[str, Any]:
+    """What a run of src/main.py was asked for."""
+    return read_json(run / CONFIG)["settings"]
+
+
+def _spec_of(run: Path, name: str | None) -> DataSetSpec:
+    """The run's data set; raises UserError if another one was named."""
+    spec = get_spec(run_settings(run)["dataset_name"])
+    if name is not None and get_spec(name) != spec:
+        raise UserError(f"--dataset_name {name}: the run {run} is of {spec.title}; leave the flag out")
+    return spec
 
 
 def judge_folder(run: Path, folder: Path, spec: DataSetSpec, device: torch.device) -> float:
@@ -66,7 +80,7 @@ def judge_folder(run: Path, folder: Path, spec: DataSetSpec, device: torch.devic
     detector, card = load_detector(run, device), read_json(run / MODEL_CARD)
     images = read_anomalies(folder, spec)
     scores = detector.score(views(run, detector, images, "fresh anomalies")).double().numpy()
-    hard = hard_anomalies(scores, card["threshold"])
+    hard = hard_anomalies(scores, card["threshold"], run_settings(run)["hard_inclusive"])
     index = tuple(range(len(images)))
     easy = easy_anomalies(scores, hard)
     record_split(folder, Scored(index, images.captions, scores, hard, easy, card["threshold"]))
@@ -80,15 +94,19 @@ def hard_share(folder: Path) -> float:
 
 
 def read_split(run: Path) -> Scored:
-    """The split of a finished run, from its d_samples.json and e_samples.json."""
+    """The split of a finished run, from its d_samples.json and e_samples.json.
+
+    With --easy_top_k an image may be in both; it is hard then.
+    """
     hard, easy = (read_json(run / f"{name}_samples.json") for name in ("d", "e"))
-    rows = [(*row, True) for row in hard] + [(*row, False) for row in easy]
-    rows.sort(key=lambda row: row[0][0])
-    is_hard = np.array([row[2] for row in rows], dtype=bool)
+    by_index = {row[0][0]: (row, False) for row in easy} | {row[0][0]: (row, True) for row in hard}
+    index = sorted(by_index)
+    is_hard = np.array([by_index[i][1] for i in index], dtype=bool)
+    rows = [by_index[i][0] for i in index]
     return Scored(
-        tuple(row[0][0] for row in rows),
-        tuple(tuple(row[1]) for row in rows),
-        np.array([row[0][2] for row in rows]),
+        tuple(index),
+        tuple(tuple(texts) for _, texts in rows),
+        np.array([score for (_, _, score), _ in rows]),
         is_hard,
         np.flatnonzero(~is_hard),
         read_json(run / MODEL_CARD)["threshold"],
