@@ -20,8 +20,10 @@ from kka.datasets import get_spec
 from kka.datasets.sources import data_root
 from kka.errors import run_script
 from kka.experiment import check_detector, fill_epochs, find_device
-from kka.loop import PREFIXED, Loop, LoopSettings
-from kka.loop_folder import check_loop, default_folder, opened, report_loop
+from kka.loop import Loop
+from kka.loop_folder import check_loop, check_parts, default_folder, opened, report_loop
+from kka.loop_settings import PREFIXED, LoopSettings, flags_of
+from kka.runs import RESULTS
 from kka.settings import make_settings, take_prefix
 from kka.tracking import check_report_to
 
@@ -39,15 +41,18 @@ def main() -> None:
     spec = get_spec(settings.dataset_name)
     detector = fill_epochs(detector, spec)
     evaluator = frozen if settings.evaluator == "frozen" else None
-    for each in (detector, evaluator):
-        if each:
-            check_detector(each, None, None)
+    check_detector(detector, None, None)
+    if evaluator:
+        with flags_of("evaluator"):
+            check_detector(evaluator, None, None)
     device, root = find_device(settings.device, strict=False), data_root(spec, settings.data_path)
     folder = Path(settings.xp_path).expanduser() if settings.xp_path else Path()
     loop = Loop(folder, root, spec, settings, detector, llm, drawer, tuning, pairs, device, evaluator)
+    check_loop(loop)
     if not settings.xp_path:
         loop = replace(loop, folder=default_folder(loop))
-    check_loop(loop)
+    if not (loop.folder / RESULTS).exists():
+        check_parts(loop)
     with opened(loop):
         rows = run_kka(loop)
         print(report_loop(loop, rows))

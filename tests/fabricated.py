@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kka.detectors import DETECTORS
 from kka.hardness_study import HardnessSettings
-from kka.loop import PREFIXED, LoopSettings
+from kka.loop_settings import PREFIXED, LoopSettings
 from kka.options import ExperimentSettings
 from kka.sweep import Job
 

@@ -165,6 +165,8 @@ def test_center_comes_from_normals_unless_all_are_asked_for():
     assert torch.equal(detector.model.center, fresh.find_center(train.take(torch.arange(10))))
     everything = DeepSAD(replace(FAST, pretrain=False, center_from="all"))
     assert not torch.equal(everything.find_center(train), fresh.find_center(train))
+    polluted = replace(train, semi_targets=torch.zeros_like(train.semi_targets))  # unlabelled: who would know
+    assert torch.equal(everything.find_center(train), fresh.find_center(polluted))
 
 
 def test_state_dict_round_trip_gives_equal_scores():
@@ -238,6 +240,8 @@ def test_torchvision_network_starts_from_its_weights(tmp_path):
 def test_unknown_network_is_refused():
     with pytest.raises(UserError, match=r"--net_name 'cifar_LeNet' is no network .* did you mean"):
         DeepSAD(replace(FAST, net_name="cifar_LeNet"))
+    with pytest.raises(UserError, match="--backbone_weights means nothing"):
+        DeepSAD(replace(SQUEEZENET, backbone_weights="weights.pth"))
 
 
 def test_last_batch_is_kept_unless_it_is_a_single_image_or_unwanted():

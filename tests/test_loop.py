@@ -15,15 +15,21 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+import torch
 from tiny_models import tiny_glm
 from torchvision.models import get_model
+from toy import write_toy_set
 
 import iterate
 from kka.anomalies import live, read_items
-from kka.datasets import garden
+from kka.datasets import garden, get_spec
 from kka.describe import read_records
+from kka.detectors.deep_sad import DeepSADSettings
+from kka.drawers import DrawerSettings, build_drawer
 from kka.errors import run_script
-from kka.files import read_json
+from kka.files import read_json, sha256
+from kka.loop import Loop
+from kka.loop_settings import PREFIXED, LoopSettings
 
 ITERATE = Path(iterate.__file__)
 SMALL = {"normal": {"train": 8, "test": 4}, "other": {"train": 1, "test": 1}}
@@ -228,9 +234,20 @@ def test_finished_loop_of_other_settings_is_refused(world, finished):
         ({"n_clusters": 99}, "--n_clusters"),
         ({"n_evaluators": 0}, "--n_evaluators"),
         ({"threshold_quantile": 1.5}, "--threshold_quantile"),
+        ({"seed": -1}, "--seed must not be negative"),
+        ({"examples": "rose"}, "--examples rose is neither representatives nor random"),
+        ({"llm_temperature": 0}, "--llm_temperature must be above 0"),
+        ({"llm_adapter": "/nowhere"}, "--llm_adapter /nowhere"),
+        ({"drawer_size": 3}, "--drawer_size must be a multiple"),
+        ({"drawer_backend": "bank"}, "give their folder with --drawer_bank DIR"),
+        ({"tune_max_steps": 0}, "--tune_max_steps must be at least 1"),
+        ({"pairs_validation_share": 5}, "--pairs_validation_share must lie in"),
+        ({"evaluator": "frozen", "evaluator_backbone": "nope"}, "--evaluator_backbone"),
     ],
 )
-def test_bad_input_is_one_sentence(world, tmp_path, monkeypatch, capsys, flags, part):
+def test_bad_input_is_one_sentence_before_anything_is_trained(
+    world, tmp_path, monkeypatch, capsys, flags, part
+):
     words = command(world, tmp_path / "loop", **{"n_epochs": 1, **flags})
     monkeypatch.setattr(sys, "argv", words[1:])
     with pytest.raises(SystemExit) as stop:
@@ -239,3 +256,28 @@ def test_bad_input_is_one_sentence(world, tmp_path, monkeypatch, capsys, flags, 
     assert stop.value.code == 2
     assert part in stderr.splitlines()[-1]
     assert "Traceback" not in stderr
+    assert not (tmp_path / "loop").exists()
+
+
+def test_captions_and_adapter_that_are_given_are_where_the_loop_begins(world, finished, tmp_path):
+    given = next(finished[0].glob("round_*/adapter"))
+    done = run(world, tmp_path, examples="a small pink flower", llm_adapter=given)
+    assert done.returncode == 0, done.stderr
+    for item in read_items(tmp_path / "round_0" / "0"):
+        assert item.examples == ["a small pink flower"]
+        assert item.adapter is not None
+    first = min(tmp_path.glob("round_*/adapter"))
+    tuned = read_json(first / "tuning" / "config.json")["identity"]
+    assert tuned["adapter"] == sha256(given / "adapter_model.safetensors")
+
+
+def test_the_bank_of_a_loop_gives_nothing_that_is_normal_in_it(tmp_path):
+    spec = get_spec("ucm_caption")
+    write_toy_set(tmp_path, spec, classes=(1, 2, *spec.normal_classes))
+    parts = {name: cls() for name, cls in PREFIXED.items()}
+    parts["drawer"] = DrawerSettings(backend="bank", bank=str(tmp_path))
+    names = (parts[name] for name in ("llm", "drawer", "tune", "pairs"))
+    settings = LoopSettings(normal_class=(1,))
+    loop = Loop(tmp_path, tmp_path, spec, settings, DeepSADSettings(), *names, torch.device("cpu"))
+    classes = {source.split("/")[0] for source in build_drawer(loop.own_drawer, spec).sources}
+    assert classes == {"2", *map(str, spec.normal_classes)}

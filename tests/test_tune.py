@@ -246,6 +246,12 @@ def test_a_model_that_is_not_there(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_bad_settings_leave_nothing_that_refuses_the_mended_ones(glm, tmp_path):
+    with pytest.raises(UserError, match="nope"):
+        tune(glm, pink_pairs(), tmp_path, replace(SMALL, lora_targets=("nope",)))
+    assert tune(glm, pink_pairs(), tmp_path, SMALL)["steps"] == 6
+
+
 def test_a_foreign_adapter_is_not_replaced(glm, random_adapter, tmp_path):
     out = shutil.copytree(random_adapter, tmp_path / "out")
     before = snapshot(out)

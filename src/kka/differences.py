@@ -9,8 +9,8 @@ from kka.datasets import DATASETS, get_spec
 from kka.detectors import DETECTORS
 from kka.hardness_study import HardnessSettings
 from kka.language_models import DEFAULT_MODEL
-from kka.loop import PREFIXED, LoopSettings
 from kka.loop_folder import PLACE as LOOP_PLACE
+from kka.loop_settings import PREFIXED, LoopSettings
 from kka.options import PLACE, ExperimentSettings
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from kka.anomalies import MODES, PER_ROUND, read_items, record_split
+from kka.anomalies import read_items, record_split
 from kka.datasets.layout import NAME_LIST, DataSetSpec, Images
 from kka.datasets.task import Choice, read_task
 from kka.describe import CaptionSettings, ask_for_captions, choose_examples, find_examples
@@ -30,66 +30,19 @@ from kka.errors import UserError
 from kka.files import read_json, write_json
 from kka.judge import UpdateSettings, hard_share, judge_folder, read_split, update_anomalies
 from kka.language_models import DEFAULT_MODEL, LanguageModelSettings
+from kka.loop_settings import RANDOM, LoopSettings, flags_of
 from kka.options import ExperimentSettings
 from kka.pairs import NothingToPreferError, PairSettings, build_pairs
 from kka.preference_trainer import TuneSettings
 from kka.run import Run
 from kka.seeds import derive_seed
-from kka.settings import option, to_flags
-from kka.tracking import HELP as REPORT_TO
+from kka.settings import to_flags
 from kka.tune import tune
 
 CAPTIONS = "captions.jsonl"
 TUNED = Path("tuning") / "results.json"  # in the folder of a finished adapter
-# Settings of the parts of a loop by the beginning of their flags.
-PREFIXED: dict[str, type[Any]] = {
-    "llm": LanguageModelSettings,
-    "drawer": DrawerSettings,
-    "tune": TuneSettings,
-    "pairs": PairSettings,
-    "evaluator": FrozenSettings,
-}
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class LoopSettings:
-    """Algorithm 1."""
-
-    dataset_name: str = option("flower", "flower, cifar100 (mycifar), ucm_caption, folder or garden")
-    data_path: str | None = option(None, "folder of the data set; None: data/<name>, made if it can be")
-    xp_path: str | None = option(None, "folder of the loop; None: log/<data set>/<name>")
-    name: str | None = option(None, "its name in log/<data set>; None: made from the settings")
-    overwrite: bool = option(False, "replace a loop of other settings in the same folder")
-    normal_class: tuple[int, ...] = option((), "folders taken as normal; none: the data set's own")
-    mode: str = option("rep", "rep: hard anomalies replace easy ones; add: they are added", MODES)
-    rounds: int | None = option(None, "updates; None: 3 for CIFAR-100, else 2 (paper)")
-    n_initial: int | None = option(None, "anomalies of round 0; None: 1,000 for CIFAR-100, else 200 (paper)")
-    n_fresh: int = option(200, "captions that the tuned LLM writes in each later round")
-    per_round: int = option(PER_ROUND, "hard ones of these, at most, that come into the set")
-    examples: str = option(
-        "representatives", "captions shown to the LLM: of Eq. (2), or random", ("representatives", "random")
-    )
-    n_clusters: int | None = option(None, "K of Eq. (2); None: number of normal folders")
-    n_untuned: int = option(
-        100, "captions by the untuned LLM, drawn and judged in each round for comparison, never trained on"
-    )
-    split: str = option("crossfit", "who judges the set in Eq. (6), see main.py", ("own", "crossfit"))
-    threshold_quantile: float = option(1.0, "of the normal scores, for Eq. (6); 1 is their maximum")
-    n_evaluators: int = option(
-        3,
-        "detectors trained on each set, seeds from --seed on; the first judges, all count in the table",
-    )
-    evaluator: str = option(
-        "detector",
-        "who judges in Eq. (6): --detector itself, or frozen features, which take seconds",
-        ("detector", "frozen"),
-    )
-    draw_batch: int = option(8, "images drawn at once")
-    seed: int = option(0, "of every random draw")
-    device: str = option("cuda", "of the detector; without a GPU the CPU is taken")
-    report_to: tuple[str, ...] = option((), REPORT_TO)
 
 
 @dataclass(frozen=True)
@@ -134,11 +87,13 @@ class Loop:
         with self._timed(self.folder, "detect"):
             aucs = self._train(self.folder / "none", None)
         write_json(self.folder / "none.json", aucs)
-        n = self.settings.n_clusters or len(set(self.normals.classes))
-        if self.settings.examples == "random":
-            return choose_examples(self.normals.captions, n, self.settings.seed)
-        run = self.judge(self.folder / "none")
-        chosen = CaptionSettings(run=str(run), n_examples=n, seed=self.settings.seed)
+        s = self.settings
+        n = s.n_clusters or len(set(self.normals.classes))
+        if s.own_examples:
+            return s.own_examples
+        if s.examples == (RANDOM,):
+            return choose_examples(self.normals.captions, n, s.seed)
+        chosen = CaptionSettings(run=str(self.judge(self.folder / "none")), n_examples=n, seed=s.seed)
         return find_examples(chosen, self.normals)
 
     def describe(self, k: int, examples: list[str]) -> None:
@@ -166,7 +121,7 @@ class Loop:
             seed=derive_seed(s.seed, "captions", folder.name) % 2**31,
         )  # fmt: skip
         llm = replace(self.llm, adapter=str(adapter) if adapter else self.llm.adapter)
-        with self._timed(folder, "describe", "create/use_glm4.py", asked, llm):
+        with self._timed(folder, "describe", "create/use_glm4.py", asked, llm), flags_of("llm"):
             described = ask_for_captions(asked, llm)
             _free_memory()
         if not described.captions:
@@ -178,6 +133,12 @@ class Loop:
     @property
     def _n_initial(self) -> int:
         return self.settings.n_initial or (1000 if self.spec.name == "cifar100" else 200)
+
+    @property
+    def own_drawer(self) -> DrawerSettings:
+        """The drawer's settings; a bank gives no image of what is normal in this loop."""
+        excluded = self.drawer.bank_exclude or self.settings.normal_class
+        return replace(self.drawer, bank_exclude=excluded) if self.drawer.backend == "bank" else self.drawer
 
     def draw(self, k: int) -> None:
         """Eq. (4): fresh/ of round k, or the set itself in round 0."""
@@ -194,9 +155,10 @@ class Loop:
             used=tuple(map(str, earlier)) if self.drawer.backend == "bank" else (),
             batch_size=self.settings.draw_batch, seed=self.settings.seed,
         )  # fmt: skip
-        with self._timed(folder, "draw", "create/create_image.py", drawn, self.drawer):
+        own = self.own_drawer
+        with self._timed(folder, "draw", "create/create_image.py", drawn, own), flags_of("drawer"):
             used = [item.source for place in (out, *earlier) for item in read_items(place) if item.source]
-            drawer = build_drawer(self.drawer, self.spec, used)
+            drawer = build_drawer(own, self.spec, used)
             records = read_captions(folder / CAPTIONS)
             draw_captions(drawer, records, out, self.spec, drawn.seed, drawn.batch_size)
             del drawer
@@ -286,15 +248,17 @@ class Loop:
             return
         before = self._adapter(k - 1)
         places = {"run": run, "anomaly_path": anomalies, "out": out, "adapter": before}
-        flags = {"model": self.llm_name, **{name: place for name, place in places.items() if place}}
-        with self._timed(self.place(k, ""), "tune", "dpo/dpo_train.py", self.pairs, self.tuning, **flags):
+        given = {"model": self.llm_name, **{name: str(place) for name, place in places.items() if place}}
+        said = ("dpo/dpo_train.py", self.pairs, self.tuning)
+        with self._timed(self.place(k, ""), "tune", *said, **given), flags_of("tune"):
             tune(self.llm_name, pairs, out, self.tuning, before)
             _free_memory()
 
     def _adapter(self, k: int) -> Path | None:
-        """The newest adapter up to round k."""
+        """The newest adapter up to round k; before the first tuning the one that was given."""
         made = [j for j in range(1, k + 1) if (self.place(j, "adapter") / TUNED).exists()]
-        return self.place(made[-1], "adapter") if made else None
+        given = Path(self.llm.adapter).expanduser() if self.llm.adapter else None
+        return self.place(made[-1], "adapter") if made else given
 
     @property
     def llm_name(self) -> str:

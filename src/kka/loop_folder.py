@@ -9,14 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from kka.detectors import detector_name
+from kka.drawers import build_drawer, check_drawer
 from kka.errors import UserError
 from kka.figures.charts import score_unit
 from kka.figures.images import Row, Shown
-from kka.files import read_json, write_bytes, write_json
+from kka.files import read_json, sha256, write_bytes, write_json
+from kka.language_models import load_language_model
 from kka.loop import Loop, describe_settings
+from kka.loop_settings import RANDOM, REPRESENTATIVES, flags_of
 from kka.metrics import format_interval
 from kka.networks.backbones import content_of_weights
+from kka.pairs import check_pair_settings
 from kka.picture import draw_loop, split_rows
+from kka.preference_trainer import WEIGHTS, check_continuable
+from kka.preference_trainer import check_settings as check_tuning
+from kka.prompts import generation_prompt
 from kka.runs import CONFIG, RESULTS, ROOT, claim, fingerprint, locked, write_config
 
 # Settings of a loop that decide where or how fast it runs, not its numbers.
@@ -43,6 +50,9 @@ def identity_of(loop: Loop) -> dict[str, Any]:
     settings = describe_settings(loop) | content_of_weights(loop.detector)
     evaluator = content_of_weights(loop.evaluator)
     settings |= {f"evaluator_{key}": value for key, value in evaluator.items()}
+    adapter = Path(loop.llm.adapter or "").expanduser() / WEIGHTS
+    if adapter.is_file():
+        settings["llm_adapter"] = sha256(adapter)
     return {key: value for key, value in settings.items() if key not in PLACE and not key.endswith("_device")}
 
 
@@ -167,9 +177,42 @@ def check_loop(loop: Loop) -> None:
     for name in ("n_fresh", "n_initial", "n_untuned", "n_clusters", "n_evaluators", "draw_batch"):
         if (getattr(s, name) or 1) < 1 or getattr(s, name) == 0:
             raise UserError(f"--{name} must be at least 1, it is {getattr(s, name)}")
-    if loop.n_rounds < 0 or s.per_round < 0:
-        raise UserError("--rounds and --per_round must not be negative")
+    if loop.n_rounds < 0 or s.per_round < 0 or s.seed < 0:
+        raise UserError("--rounds, --per_round and --seed must not be negative")
     if not 0 < s.threshold_quantile <= 1:
         raise UserError(f"--threshold_quantile must lie in (0, 1], it is {s.threshold_quantile}")
+    own = s.own_examples
+    if not s.examples or not all(map(str.strip, own)):
+        raise UserError("one of --examples is empty")
+    if len(own) == 1 and " " not in own[0].strip():
+        raise UserError(
+            f"--examples {own[0]} is neither {REPRESENTATIVES} nor {RANDOM}, nor a caption of several words"
+        )
     if loop.n_rounds and loop.llm.backend != "transformers":
         raise UserError("a tuned LLM needs --llm_backend transformers; with a server give --rounds 0")
+
+
+def check_parts(loop: Loop) -> None:
+    """The same for LLM, drawer and tuning, as far as it can be told without loading a large model.
+
+    So a loop does not train for an hour before it finds that something is missing.
+    """
+    s, normals = loop.settings, loop.normals
+    if not s.own_examples:
+        generation_prompt(loop.spec, [caption for texts in normals.captions for caption in texts])
+    if (s.n_clusters or 0) > len(normals):
+        raise UserError(
+            f"--n_clusters {s.n_clusters} is more than the {len(normals)} normal images; lower it"
+        )
+    with flags_of("llm"):
+        load_language_model(loop.llm)  # its tokenizer, not yet its weights
+        if loop.llm.adapter and loop.n_rounds:
+            check_continuable(Path(loop.llm.adapter).expanduser(), loop.llm_name)
+    with flags_of("drawer"):
+        check_drawer(loop.drawer)
+        if loop.drawer.backend != "diffusers":
+            build_drawer(loop.own_drawer, loop.spec)
+    with flags_of("tune"):
+        check_tuning(loop.tuning)
+    with flags_of("pairs"):
+        check_pair_settings(loop.pairs)

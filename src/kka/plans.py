@@ -15,7 +15,7 @@ from kka.datasets.layout import DataSetSpec
 from kka.detectors import DETECTORS
 from kka.errors import UserError
 from kka.hardness_study import HardnessSettings
-from kka.loop import PREFIXED, LoopSettings
+from kka.loop_settings import PREFIXED, LoopSettings
 from kka.options import PLACE, ExperimentSettings
 from kka.runs import ROOT, fingerprint
 from kka.settings import build_parser, option

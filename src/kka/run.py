@@ -301,11 +301,14 @@ def load_native(run: Path) -> Native | None:
 
 
 def threshold_images(source: str, data: Data, train: TrainSet, heldout: Tensor) -> Tensor:
-    """The normal images whose scores make the threshold of Eq. (6), (N, 3, H, W) uint8."""
+    """The normal images whose scores make the threshold of Eq. (6), (N, 3, H, W) uint8.
+
+    Of the training set all that count as normal: anomalies among them by --ratio_pollution are not known.
+    """
     if source == "heldout":
         return data.normals.resized[heldout]
     if source == "train":
-        return train.resized[train.targets == 0]
+        return train.resized[train.semi_targets >= 0]
     normal = torch.tensor(data.task.test.targets) == 0
     if not normal.any():
         raise UserError("--threshold_from test needs normal test images, the test set has none")

@@ -133,9 +133,10 @@ def _tune(
             return read_json(record / RESULTS)
         if is_first:
             write_config(record, identity, asdict(settings))
-            write_pairs(record / PAIRS, pairs)
         began = time.monotonic()
         trainer = build_trainer(model, tokenizer, train, validation, config, settings, adapter)
+        if is_first:  # only now, as a folder that holds more than settings has begun
+            write_pairs(record / PAIRS, pairs)
         counts = {"n_train": len(train), "n_validation": len(validation), "n_too_long": n_long}
         results = {
             **_train(trainer, record, Tracker(record, settings.report_to, identity)),

@@ -84,6 +84,11 @@ def check_settings(settings: DeepSADSettings) -> None:
     """Raises UserError naming the flag of the first value out of range."""
     if settings.net_name not in NETWORKS:
         check_backbone(BackboneSettings(settings.net_name), flag="net_name", others=tuple(NETWORKS))
+        if settings.backbone_weights is not None and not settings.pretrain:
+            raise UserError(
+                "--pretrain False leaves the weights of --net_name random, so that --backbone_weights means "
+                "nothing; leave one of them out"
+            )
     for name in ("lr", "ae_lr", "eta", "net_size"):
         if not getattr(settings, name) > 0:
             raise UserError(f"--{name} must be above 0, it is {getattr(settings, name)}")
@@ -252,11 +257,11 @@ class DeepSAD:
 
     @torch.no_grad()
     def find_center(self, train: TrainSet) -> Tensor:
-        """The mean output for the normal images (test transform, eval mode), moved away from 0. -> (D,)"""
+        """The mean output for the presumed normal images (test transform, eval mode), moved away from 0. -> (D,)"""
         self.model.eval()
         chosen = train.resized
         if self.settings.center_from == "normals":
-            chosen = chosen[train.targets == 0]
+            chosen = chosen[train.semi_targets >= 0]
         outputs = [self.model.net(normalize(self._unit(part))) for part in chosen.split(self.score_batch)]
         return move_from_zero(torch.cat(outputs).mean(0))
 
@@ -316,7 +321,7 @@ class DeepSAD:
     def check_size(self, train: TrainSet) -> None:
         """Raises UserError for a set that is too small to train on."""
         sizes = [self.settings.batch_size] + [self.settings.ae_batch_size] * self.settings.pretrain
-        if not (train.targets == 0).any():
+        if not (train.semi_targets >= 0).any():
             raise UserError("there are no normal images to train on")
         if len(train) < 2:
             raise UserError("training needs at least 2 images (batch normalisation), there is 1")
