@@ -165,6 +165,22 @@ def test_untuned_images_are_judged_and_never_trained_on(finished):
     assert all(len(row["test_aucs"]) == 2 for row in rows["rounds"])
 
 
+def test_a_fresh_split_is_made_before_an_image_is_trained_on(world, finished, tmp_path):
+    done = run(world, tmp_path, split="fresh", mode="rep")
+    assert done.returncode == 0, done.stderr
+    threshold = read_json(tmp_path / "none" / "model.json")["threshold"]
+    first = read_items(tmp_path / "round_0" / "0")
+    assert [item.status == "hard" for item in first] == [item.score < threshold for item in first]
+    whole = {
+        item.sha256: item.status for k in (1, 2) for item in read_items(tmp_path / f"round_{k}" / "fresh")
+    }
+    whole |= {item.sha256: item.status for item in first}
+    last = live(read_items(tmp_path / "round_2" / "0"))
+    assert [item.status for item in last] == [whole[item.sha256] for item in last]
+    lists = [read_json(tmp_path / "round_0" / "split" / f"{name}_samples.json") for name in "de"]
+    assert sorted(row[0][0] for rows in lists for row in rows) == list(range(10))
+
+
 def test_frozen_evaluator_judges_and_the_detectors_are_only_tested(world, tmp_path):
     weights = world / "weights.safetensors"
     safetensors.torch.save_file(get_model("squeezenet1_0").state_dict(), weights)

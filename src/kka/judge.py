@@ -13,7 +13,7 @@ from kka.datasets.layout import DataSetSpec
 from kka.datasets.task import read_anomalies
 from kka.errors import UserError
 from kka.files import read_json
-from kka.results import MODEL_CARD, Scored
+from kka.results import MODEL_CARD, Scored, write_split
 from kka.run import load_detector
 from kka.runs import CONFIG, RESULTS
 from kka.seeds import derive_seed
@@ -31,6 +31,11 @@ class UpdateSettings:
     anomaly_path: str | None = option(None, "the current set, which that run split into hard and easy")
     fresh: str | None = option(None, "new images, of captions by the tuned LLM")
     out: str | None = option(None, "folder of the next set")
+    split: str = option(
+        "run",
+        "who judged the current set: the run, or fresh: it keeps what its manifest says of each image",
+        ("run", "fresh"),
+    )
     mode: str = option("rep", "rep: hard anomalies replace easy ones; add: they are added", MODES)
     per_round: int = option(PER_ROUND, "hard ones of the new images, at most, that come into the set")
     round: int = option(1, "round of Algorithm 1, for the record")
@@ -53,7 +58,8 @@ def update_anomalies(settings: UpdateSettings) -> tuple[Updated, float]:
     if not (run / RESULTS).exists():
         raise UserError(f"--run {run} is no finished run; train it with src/main.py")
     spec = _spec_of(run, s.dataset_name)
-    record_split(current, read_split(run))
+    if s.split == "run":
+        record_split(current, read_split(run))
     share = judge_folder(run, fresh, spec, torch.device(s.device))
     rng = np.random.default_rng(derive_seed(s.seed, "update", s.round))
     return update(current, fresh, out, spec, s.mode, s.round, rng, s.per_round), share
@@ -91,6 +97,17 @@ def hard_share(folder: Path) -> float:
     """Share of hard anomalies in a folder, by the last judgement in its manifest."""
     items = live(read_items(folder))
     return sum(item.status == "hard" for item in items) / len(items)
+
+
+def write_recorded_split(folder: Path, out: Path) -> None:
+    """Write what the manifest of a set says of its images as a run writes its split, for the pairs of DPO."""
+    items = live(read_items(folder))
+    hard = np.array([item.status == "hard" for item in items])
+    scores = np.array([item.score for item in items], dtype=float)
+    captions = tuple((item.caption,) for item in items)
+    out.mkdir(exist_ok=True)
+    easy = easy_anomalies(scores, hard)
+    write_split(out, Scored(tuple(range(len(items))), captions, scores, hard, easy, float("nan")))
 
 
 def read_split(run: Path) -> Scored:

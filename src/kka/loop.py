@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from kka.anomalies import read_items, record_split
+from kka.anomalies import live, read_items, record_split
 from kka.datasets.layout import NAME_LIST, DataSetSpec, Images
 from kka.datasets.task import Choice, read_task
 from kka.describe import CaptionSettings, ask_for_captions, choose_examples, find_examples
@@ -28,9 +28,16 @@ from kka.draw import ImageSettings, draw_captions, read_captions
 from kka.drawers import DrawerSettings, build_drawer
 from kka.errors import UserError
 from kka.files import read_json, write_json
-from kka.judge import UpdateSettings, hard_share, judge_folder, read_split, update_anomalies
+from kka.judge import (
+    UpdateSettings,
+    hard_share,
+    judge_folder,
+    read_split,
+    update_anomalies,
+    write_recorded_split,
+)
 from kka.language_models import DEFAULT_MODEL, LanguageModelSettings
-from kka.loop_settings import RANDOM, LoopSettings, flags_of
+from kka.loop_settings import FRESH, RANDOM, LoopSettings, flags_of
 from kka.options import ExperimentSettings
 from kka.pairs import NothingToPreferError, PairSettings, build_pairs
 from kka.preference_trainer import TuneSettings
@@ -177,6 +184,7 @@ class Loop:
         updating = UpdateSettings(
             dataset_name=self.spec.name, run=str(run), anomaly_path=str(self.place(k - 1, "0")),
             fresh=str(self.place(k, "fresh")), out=str(self.place(k, "0")), mode=s.mode,
+            split=FRESH if s.split == FRESH else "run",
             per_round=s.per_round, round=k, seed=s.seed, device=str(self.device),
         )  # fmt: skip
         with self._timed(self.place(k, ""), "build", "create/update_anomalies.py", updating):
@@ -189,8 +197,7 @@ class Loop:
         anomalies, run = self.place(k, "0"), self.place(k, "detector")
         with self._timed(self.place(k, ""), "detect"):
             aucs = self._train(run, anomalies)
-        split = read_split(self.judge(run))
-        record_split(anomalies, split)
+        self._split(k)
         tuned, judged = self.place(k, "adapter") / TUNED, self.place(k, "judged.json")
         return {
             "round": k,
@@ -198,21 +205,30 @@ class Loop:
             "hard": hard_share(anomalies),
             "hard_untuned": None,
             **(read_json(judged) if k else {}),
-            "size": len(split.index),
+            "size": len(live(read_items(anomalies))),
             "margin": read_json(tuned).get("margin_after") if tuned.exists() else None,
             "test_aucs": aucs,
             "seconds": read_json(self.place(k, "times.json")),
         }
 
+    def _split(self, k: int) -> None:
+        """Eq. (6) for the set of round k; a fresh split was made when its images came in."""
+        anomalies = self.place(k, "0")
+        if self.settings.split != FRESH:
+            record_split(anomalies, read_split(self.judge(self.place(k, "detector"))))
+        elif k == 0:
+            judge_folder(self.judge(self.folder / "none"), anomalies, self.spec, self.device)
+
     def _train(self, run: Path, anomalies: Path | None) -> list[float | None]:
         """Train a set's judge, which splits it, and the detectors of the table; test AUC of each of these."""
         s = self.settings
+        judging = "own" if s.split == FRESH else s.split
         if self.evaluator:
-            self._run(self.judge(run), self.evaluator, anomalies, s.seed, s.split)
+            self._run(self.judge(run), self.evaluator, anomalies, s.seed, judging)
         aucs = []
         for i in range(s.n_evaluators):
             folder = run if i == 0 else run.with_name(f"{run.name}_seed_{s.seed + i}")
-            split = s.split if folder == self.judge(run) else "own"
+            split = judging if folder == self.judge(run) else "own"
             aucs.append(self._run(folder, self.detector, anomalies, s.seed + i, split))
         return aucs
 
@@ -237,10 +253,13 @@ class Loop:
 
         Where all are hard or all are easy there is nothing to prefer, and the LLM stays as it is.
         """
-        out, run = self.place(k, "adapter"), self.judge(self.place(k - 1, "detector"))
-        anomalies = self.place(k - 1, "0")
+        out, anomalies = self.place(k, "adapter"), self.place(k - 1, "0")
         if (out / TUNED).exists():
             return
+        run = self.judge(self.place(k - 1, "detector"))
+        if self.settings.split == FRESH:
+            run = self.place(k - 1, "split")
+            write_recorded_split(anomalies, run)
         try:
             pairs = build_pairs(run, anomalies, self.pairs, self.tuning.seed, spec=self.spec)
         except NothingToPreferError as error:
@@ -248,7 +267,8 @@ class Loop:
             return
         before = self._adapter(k - 1)
         places = {"run": run, "anomaly_path": anomalies, "out": out, "adapter": before}
-        given = {"model": self.llm_name, **{name: str(place) for name, place in places.items() if place}}
+        given = {"model": self.llm_name, "dataset_name": self.spec.name}
+        given |= {name: str(place) for name, place in places.items() if place}
         said = ("dpo/dpo_train.py", self.pairs, self.tuning)
         with self._timed(self.place(k, ""), "tune", *said, **given), flags_of("tune"):
             tune(self.llm_name, pairs, out, self.tuning, before)

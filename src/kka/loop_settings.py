@@ -17,6 +17,7 @@ from kka.settings import option
 from kka.tracking import HELP as REPORT_TO
 
 REPRESENTATIVES, RANDOM = "representatives", "random"
+FRESH = "fresh"
 # Settings of the parts of a loop by the beginning of their flags.
 PREFIXED: dict[str, type[Any]] = {
     "llm": LanguageModelSettings,
@@ -50,7 +51,12 @@ class LoopSettings:
     n_untuned: int = option(
         100, "captions by the untuned LLM, drawn and judged in each round for comparison, never trained on"
     )
-    split: str = option("crossfit", "who judges the set in Eq. (6), see main.py", ("own", "crossfit"))
+    split: str = option(
+        "crossfit",
+        "who judges the set in Eq. (6): own or crossfit as in main.py, or fresh: each image is judged once, by "
+        "the evaluator of the round before it came in, those of round 0 by the one without anomalies",
+        ("own", "crossfit", FRESH),
+    )
     threshold_quantile: float = option(1.0, "of the normal scores, for Eq. (6); 1 is their maximum")
     n_evaluators: int = option(
         3,

@@ -257,7 +257,7 @@ class DeepSAD:
 
     @torch.no_grad()
     def find_center(self, train: TrainSet) -> Tensor:
-        """The mean output for the presumed normal images (test transform, eval mode), moved away from 0. -> (D,)"""
+        """Mean output for the presumed normals (test transform, eval mode), moved away from 0. -> (D,)"""
         self.model.eval()
         chosen = train.resized
         if self.settings.center_from == "normals":
