@@ -53,8 +53,8 @@ class LoopSettings:
     )
     split: str = option(
         "crossfit",
-        "who judges the set in Eq. (6): own or crossfit as in main.py, or fresh: each image is judged once, by "
-        "the evaluator of the round before it came in, those of round 0 by the one without anomalies",
+        "who judges the set in Eq. (6): own or crossfit as in main.py, or fresh: each image is judged once, "
+        "by the evaluator of the round before it came in, those of round 0 by the one without anomalies",
         ("own", "crossfit", FRESH),
     )
     threshold_quantile: float = option(1.0, "of the normal scores, for Eq. (6); 1 is their maximum")
