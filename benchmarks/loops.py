@@ -66,6 +66,8 @@ def published(config: dict[str, Any]) -> dict[str, Any]:
 def read_loop(folder: Path, reader: str | None) -> dict[str, Any]:
     """Results of a finished loop, and what its captions and pictures are like."""
     settings = read_json(folder / CONFIG)["settings"]
+    if "mode" not in settings:
+        raise UserError(f"{folder} is no loop; give the folder in which the loops of a mode are")
     loop = {"mode": settings["mode"], "seed": settings["seed"], **read_json(folder / RESULTS)}
     for row in loop["rounds"]:
         row |= look_at(folder / f"round_{row['round']}", reader)
