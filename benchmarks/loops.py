@@ -71,7 +71,8 @@ def read_loop(folder: Path, reader: str | None) -> dict[str, Any]:
     loop = {"mode": settings["mode"], "seed": settings["seed"], **read_json(folder / RESULTS)}
     for row in loop["rounds"]:
         row |= look_at(folder / f"round_{row['round']}", reader)
-    loop["untuned"] = look_at(folder / "untuned", reader)
+    untuned = folder / "untuned"  # a loop of no round has none
+    loop["untuned"] = look_at(untuned, reader) if untuned.exists() else {}
     return loop
 
 
