@@ -102,6 +102,13 @@ def test_damaged_manifest_is_named_with_its_line(line, part, tmp_path):
         read_items(tmp_path)
 
 
+def test_last_line_of_somebody_else_is_not_cut_off(tmp_path):
+    (tmp_path / MANIFEST).write_text("my notes")
+    with pytest.raises(UserError, match="manifest.jsonl: the last line is no JSON"), appending(tmp_path):
+        pass
+    assert (tmp_path / MANIFEST).read_text() == "my notes"
+
+
 def test_lines_of_a_file_with_windows_ends_and_a_mark(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes('\ufeff{"a": "ü"}\r\n\r\n{"a": 2}'.encode())

@@ -160,7 +160,7 @@ def appending(folder: Path, shard: tuple[int, int] = (0, 1)) -> Iterator[Callabl
             raise UserError(
                 f"{folder} is being filled by another process; wait for it or choose another folder"
             ) from None
-        _end_line(file)
+        end_line(file)
         yield lambda items: _append(file, items)
 
 
@@ -299,14 +299,21 @@ def _append(file: BinaryIO, items: Sequence[Item]) -> None:
     os.fsync(file.fileno())
 
 
-def _end_line(file: BinaryIO) -> None:
-    """Finish the last line, or cut off the part of one that a killed process has left."""
+def end_line(file: BinaryIO) -> None:
+    """Finish the last line, or cut off the part of an object that a killed process has left.
+
+    Raises UserError for a last line that is no beginning of an object: it is somebody else's.
+    """
     file.seek(0)
     data = file.read()
     start = data.rfind(b"\n") + 1
     try:
-        if data[start:]:
+        if data[start:].strip():
             json.loads(data[start:])
             file.write(b"\n")
     except ValueError:
+        if not data[start:].startswith((b"{", b"\0")):  # zeros: a power cut
+            raise UserError(
+                f"{file.name}: the last line is no JSON; remove it or choose another place"
+            ) from None
         file.truncate(start)

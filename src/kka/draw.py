@@ -136,6 +136,7 @@ def draw_captions(
     if len(records) > MAX_NUMBER:
         raise UserError(f"{len(records)} captions are more than the {MAX_NUMBER} that file names allow")
     refuse_foreign(folder)
+    read_items(folder)  # a damaged manifest is refused before its last line is mended
     mine = range(1 + shard[0], len(records) + 1, shard[1])
     size, new = 1 if drawer.one_at_a_time else batch_size, 0
     with appending(folder, shard) as append:

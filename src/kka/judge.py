@@ -6,19 +6,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kka.anomalies import MODES, PER_ROUND, Updated, live, read_items, record_split, update
+from kka.anomalies import MANIFEST, MODES, PER_ROUND, Updated, live, read_items, record_split, update
 from kka.datasets import get_spec
 from kka.datasets.layout import DataSetSpec
 from kka.datasets.task import read_anomalies
 from kka.errors import UserError
+from kka.experiment import find_device
 from kka.files import read_json
-from kka.results import MODEL_CARD, Scored
+from kka.results import EASY, HARD, MODEL_CARD, Scored, read_rows
 from kka.run import load_detector
 from kka.runs import RESULTS
 from kka.seeds import derive_seed
 from kka.settings import option
 from kka.split import easy_anomalies, hard_anomalies
-from kka.trained import views
+from kka.trained import open_run, views
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,15 @@ def update_anomalies(settings: UpdateSettings) -> tuple[Updated, float]:
     )
     if not (run / RESULTS).exists():
         raise UserError(f"--run {run} is no finished run; train it with src/main.py")
-    spec = get_spec(s.dataset_name)
+    spec, device = get_spec(s.dataset_name), find_device(s.device, strict=False)
+    for name, folder in (("anomaly_path", current), ("fresh", fresh)):
+        if not live(read_items(folder)):
+            raise UserError(
+                f"--{name} {folder} has no images in a {MANIFEST}; give a folder of create/create_image.py"
+            )
+    open_run(run, device, "--run")  # a damaged one is refused before the current set is changed
     record_split(current, read_split(run))
-    share = judge_folder(run, fresh, spec, torch.device(s.device))
+    share = judge_folder(run, fresh, spec, device)
     rng = np.random.default_rng(derive_seed(s.seed, "update", s.round))
     return update(current, fresh, out, spec, s.mode, s.round, rng, s.per_round), share
 
@@ -81,14 +88,14 @@ def hard_share(folder: Path) -> float:
 
 def read_split(run: Path) -> Scored:
     """The split of a finished run, from its d_samples.json and e_samples.json."""
-    hard, easy = (read_json(run / f"{name}_samples.json") for name in ("d", "e"))
+    hard, easy = read_rows(run / HARD), read_rows(run / EASY)
     rows = [(*row, True) for row in hard] + [(*row, False) for row in easy]
-    rows.sort(key=lambda row: row[0][0])
-    is_hard = np.array([row[2] for row in rows], dtype=bool)
+    rows.sort(key=lambda row: row[0])
+    is_hard = np.array([row[3] for row in rows], dtype=bool)
     return Scored(
-        tuple(row[0][0] for row in rows),
-        tuple(tuple(row[1]) for row in rows),
-        np.array([row[0][2] for row in rows]),
+        tuple(row[0] for row in rows),
+        tuple(tuple(row[2]) for row in rows),
+        np.array([row[1] for row in rows]),
         is_hard,
         np.flatnonzero(~is_hard),
         read_json(run / MODEL_CARD)["threshold"],
