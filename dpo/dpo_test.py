@@ -19,7 +19,7 @@ from kka.datasets import get_spec
 from kka.datasets.sources import data_root
 from kka.datasets.task import Choice, read_task
 from kka.errors import UserError, run_script
-from kka.files import read_json, write_json
+from kka.files import check_output, read_json, write_json
 from kka.language_models import LanguageModelSettings, load_language_model
 from kka.metrics import mean_interval
 from kka.pairs import Pairs, PairSettings, read_pairs
@@ -56,13 +56,14 @@ def main() -> None:
     prompt = settings.prompt or (pairs.prompt if pairs else None)
     if prompt is None:
         raise UserError("--prompt TEXT or --pairs FILE is needed; see --help")
+    out = Path(settings.out or Path(llm.adapter) / "dpo_test.json").expanduser()
+    check_output(out, "--out")
     normals = normal_captions(settings)
     answers = {}
     for name, each in (("untuned", replace(llm, adapter=None)), ("tuned", llm)):
         answers[name] = load_language_model(each).complete(prompt, settings.n, settings.seed)
     report = compare(answers, normals, known_captions(pairs))
     print(table(report))
-    out = Path(settings.out or Path(llm.adapter) / "dpo_test.json")
     asked = {"prompt": prompt, "n": settings.n, "seed": settings.seed, "llm": asdict(llm)}
     write_json(out, {**asked, **report}, indent=1)
     log.info("written to %s", out)

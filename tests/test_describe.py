@@ -226,7 +226,7 @@ def test_file_of_somebody_else_stays_as_it_is(tmp_path, text):
     """Also its last line, which looks like the part of one that a killed process leaves."""
     path = tmp_path / "mine.jsonl"
     path.write_text(text)
-    with pytest.raises(UserError, match="mine.jsonl"):
+    with pytest.raises(UserError, match=r"mine\.jsonl"):
         ask(path)
     assert path.read_text() == text
     assert not answers_path(path).exists()

@@ -264,6 +264,7 @@ def test_figures_of_the_comparison(tmp_path):
         ([], "--adapter DIR"),
         (["--adapter", "x", "--n", "0"], "--n of at least 1"),
         (["--adapter", "x"], "--prompt TEXT or --pairs FILE"),
+        (["--adapter", "x", "--prompt", "p", "--out", "."], "--out . is a folder"),
         (["--adapter", "x", "--prompt", "p"], "--normals"),
         (["--adapter", "x", "--prompt", "p", "--normals", "missing.json"], "missing.json does not exist"),
     ],

@@ -175,6 +175,7 @@ def test_folders_without_numbers_have_no_normal_class(run):
         (["--seed", -1], "--seed must be at least 0"),
         (["--examples", " "], "one of --examples is empty"),
         (["--out", "captions.txt"], "must end in .jsonl"),
+        (["--text", "."], "--text . is a folder"),
         (["--dataset_name", "roses"], "unknown data set 'roses'"),
         (["--data_path", "nowhere"], "--data_path nowhere does not exist"),
         (["--examples", PINK, "--known", "nowhere.jsonl"], "--known nowhere.jsonl does not exist"),

@@ -21,6 +21,7 @@ from kka.anomalies import (
     MAX_NUMBER,
     Item,
     appending,
+    check_fields,
     check_image,
     file_name,
     file_number,
@@ -102,6 +103,7 @@ def _check_record(value: Any, where: str) -> dict[str, Any]:
     caption = value.get("caption") if isinstance(value, dict) else None
     if not isinstance(caption, str) or not caption.strip():
         raise UserError(f'{where} must be an object with a "caption", it is {json.dumps(value)[:80]}')
+    check_fields({key: value[key] for key in PROVENANCE if key in value}, where)  # the manifest gets them
     return value
 
 
