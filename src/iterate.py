@@ -22,6 +22,7 @@ from kka.errors import run_script
 from kka.experiment import check_detector, fill_epochs, find_device
 from kka.loop import PREFIXED, Loop, LoopSettings
 from kka.loop_folder import check_loop, default_folder, opened, report_loop
+from kka.options import check_name
 from kka.settings import make_settings, take_prefix
 from kka.tracking import check_report_to
 
@@ -35,6 +36,7 @@ def main() -> None:
         make_settings(cls, take_prefix(prefix, flags)) for prefix, cls in PREFIXED.items()
     )
     check_report_to(settings.report_to)
+    check_name(settings.name)
     tuning = replace(tuning, report_to=tuning.report_to or settings.report_to)
     spec = get_spec(settings.dataset_name)
     detector = fill_epochs(detector, spec)

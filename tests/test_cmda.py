@@ -259,7 +259,7 @@ def test_local_text_model_trains(text_model):
 def test_damaged_text_model_is_refused(text_model, tmp_path):
     folder = shutil.copytree(text_model, tmp_path / "model")
     (folder / "model.safetensors").write_bytes(b"damaged")
-    with pytest.raises(UserError, match="is no text model on this machine .*; give tfidf, a folder"):
+    with pytest.raises(UserError, match=r"is no text model on this machine .*; give tfidf, a folder"):
         encode_sentences(["a flower"], str(folder), 1, 0, CPU)
 
 

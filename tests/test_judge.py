@@ -10,7 +10,7 @@ import pytest
 import torch
 from anomaly_sets import draw_set
 from PIL import Image
-from toy import read_json, run_toy, snapshot, write_toy_set
+from toy import read_json, run_toy, snapshot, write_damaged, write_toy_set
 
 from kka.anomalies import live, read_items
 from kka.datasets import get_spec
@@ -111,6 +111,15 @@ def test_bad_input_is_one_sentence(call, flags, part, tmp_path):
     assert part in err.splitlines()[-1]
     assert "Traceback" not in err
     assert not (tmp_path / "next").exists()
+
+
+def test_damaged_image_is_named_without_a_flag_that_is_not_here(call, world, tmp_path):
+    fresh = shutil.copytree(world / "fresh", tmp_path / "fresh")
+    write_damaged(fresh / "image_00002.png", "html")
+    code, _, err = call(fresh=fresh)
+    assert code == 2
+    assert "image_00002.png is no readable image" in err
+    assert err.endswith("; restore it\n")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

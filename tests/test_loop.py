@@ -228,6 +228,7 @@ def test_finished_loop_of_other_settings_is_refused(world, finished):
         ({"n_clusters": 99}, "--n_clusters"),
         ({"n_evaluators": 0}, "--n_evaluators"),
         ({"threshold_quantile": 1.5}, "--threshold_quantile"),
+        ({"name": "a/../../b"}, "--name 'a/../../b' must be one folder name"),
     ],
 )
 def test_bad_input_is_one_sentence(world, tmp_path, monkeypatch, capsys, flags, part):
