@@ -136,8 +136,8 @@ def test_disk_full_in_a_run_and_then_the_same_command(toy_set, tmp_path, monkeyp
     ("name", "part"),
     [
         ("", " is a folder; give the name of a file"),
-        ("file/x", "/file cannot be a folder, as there is a file; choose another place"),
-        ("file/x/y", "/file/x cannot be a folder, as there is a file; choose another place"),
+        ("file/x", "/file cannot be made, as a file is in its way; choose another place"),
+        ("file/x/y", "/file/x cannot be made, as a file is in its way; choose another place"),
     ],
 )
 def test_place_that_cannot_be_written_is_one_sentence(tmp_path, name, part):

@@ -55,7 +55,7 @@ def _explain_place(error: OSError) -> tuple[str, int] | None:
     if name and error.errno == errno.EISDIR:
         return f"error: {name} is a folder; give the name of a file", BAD_INPUT
     if name and error.errno in (errno.ENOTDIR, errno.EEXIST):
-        return f"error: {name} cannot be a folder, as there is a file; choose another place", BAD_INPUT
+        return f"error: {name} cannot be made, as a file is in its way; choose another place", BAD_INPUT
     return None
 
 
