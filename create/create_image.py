@@ -35,6 +35,9 @@ def main() -> None:
         raise UserError("--captions FILE and --out DIR are needed; see --help")
     if settings.batch_size < 1 or settings.seed < 0:
         raise UserError("--batch_size must be at least 1 and --seed at least 0")
+    for folder in settings.used:
+        if not Path(folder).is_dir():
+            raise UserError(f"--used {folder} does not exist; give an anomaly folder, or leave it out")
     draw(settings, drawer_settings, get_spec(settings.dataset_name), Path(settings.out))
 
 

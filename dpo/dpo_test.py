@@ -16,10 +16,9 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 from kka.clean import Cleaner
 from kka.datasets import get_spec
-from kka.datasets.sources import data_root
-from kka.datasets.task import Choice, read_task
+from kka.describe import CaptionSettings, read_normals
 from kka.errors import UserError, run_script
-from kka.files import read_json, write_json
+from kka.files import check_output, read_json, write_json
 from kka.language_models import LanguageModelSettings, load_language_model
 from kka.metrics import mean_interval
 from kka.pairs import Pairs, PairSettings, read_pairs
@@ -41,6 +40,7 @@ class Settings:
     normals: tuple[str, ...] = option((), "caption lists (JSON) of normal images; none: the data set's")
     dataset_name: str | None = option(None, "data set whose normal captions are taken")
     data_path: str | None = option(None, "its folder; None: data/<name>")
+    normal_class: tuple[int, ...] = option((), "its folders taken as normal; none: the data set's own")
     out: str | None = option(None, "JSON file to write; None: dpo_test.json beside the adapter's weights")
 
 
@@ -56,13 +56,14 @@ def main() -> None:
     prompt = settings.prompt or (pairs.prompt if pairs else None)
     if prompt is None:
         raise UserError("--prompt TEXT or --pairs FILE is needed; see --help")
+    out = Path(settings.out or Path(llm.adapter) / "dpo_test.json").expanduser()
+    check_output(out, "--out")
     normals = normal_captions(settings)
     answers = {}
     for name, each in (("untuned", replace(llm, adapter=None)), ("tuned", llm)):
         answers[name] = load_language_model(each).complete(prompt, settings.n, settings.seed)
     report = compare(answers, normals, known_captions(pairs))
     print(table(report))
-    out = Path(settings.out or Path(llm.adapter) / "dpo_test.json")
     asked = {"prompt": prompt, "n": settings.n, "seed": settings.seed, "llm": asdict(llm)}
     write_json(out, {**asked, **report}, indent=1)
     log.info("written to %s", out)
@@ -70,14 +71,18 @@ def main() -> None:
 
 def normal_captions(settings: Settings) -> list[str]:
     """Captions of normal images from files, or from the training normals of the data set."""
+    if settings.normal_class and (settings.normals or not settings.dataset_name):
+        raise UserError(
+            "--normal_class needs --dataset_name and no --normals: it names folders of a data set"
+        )
     captions: list[Any] = []
     for path in settings.normals:
         value = read_json(Path(path))
         captions += value if isinstance(value, list) else [value]
     if not settings.normals and settings.dataset_name:
-        spec = get_spec(settings.dataset_name)
-        task = read_task(spec, data_root(spec, settings.data_path), Choice(n_anomalies=0))
-        captions = [caption for block in task.normals.captions for caption in block]
+        spec, s = get_spec(settings.dataset_name), settings
+        chosen = CaptionSettings(spec.name, data_path=s.data_path, normal_class=s.normal_class)
+        captions = [caption for block in read_normals(chosen, spec).captions for caption in block]
     if not captions or not all(isinstance(caption, str) for caption in captions):
         raise UserError(
             "there are no captions of normal images to compare with; give lists of strings with --normals, "

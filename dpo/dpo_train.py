@@ -8,6 +8,7 @@ accelerate launch dpo/dpo_train.py ...                                          
 
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,14 @@ from kka.files import read_json
 from kka.language_models import DEFAULT_MODEL
 from kka.pairs import Pairs, PairSettings, build_pairs, read_pairs
 from kka.preference_trainer import TuneSettings
+from kka.results import HARD
 from kka.runs import CONFIG, ROOT
 from kka.settings import build_parser, make_settings, option
 from kka.tune import tune
+
+# A file of pairs has prompts and captions of its own.
+ONLY_WITH_RUN = ("anomaly_path", "dataset_name", "prompt", "pairs_per_hard")
+ONLY_WITH_PAIRS = ("validation_pairs",)
 
 log = logging.getLogger("dpo_train")
 
@@ -57,11 +63,25 @@ def main() -> None:
     settings, tune_settings = make_settings(Settings, flags), make_settings(TuneSettings, flags)
     if not settings.out or bool(settings.run) == bool(settings.pairs):
         raise UserError("--out DIR and either --run DIR or --pairs FILE are needed; see --help")
+    check_source(settings, flags)
     pairs = load_pairs(settings, make_settings(PairSettings, flags), tune_settings.seed)
     log.info("pairs: %s", ", ".join(f"{key} {n}" for key, n in pairs.counts.items()))
     adapter = Path(settings.adapter).expanduser() if settings.adapter else None
     out = Path(settings.out).expanduser()
     report(out, tune(settings.model, pairs, out, tune_settings, adapter, settings.overwrite))
+
+
+def check_source(settings: Settings, flags: Mapping[str, Any]) -> None:
+    """Raises UserError for a --run without a split, and for flags without effect on the chosen source."""
+    source, idle = ("pairs", ONLY_WITH_RUN) if settings.pairs else ("run", ONLY_WITH_PAIRS)
+    for name in idle:
+        if name in flags:
+            raise UserError(f"--{name} has no effect on the pairs of --{source}; leave it out")
+    if settings.run and not (Path(settings.run).expanduser() / HARD).is_file():
+        raise UserError(
+            f"--run {settings.run} is no finished run ({HARD} is missing); give the folder of one that has "
+            "split generated anomalies, by src/main.py"
+        )
 
 
 def load_pairs(settings: Settings, pair_settings: PairSettings, seed: int) -> Pairs:

@@ -23,6 +23,7 @@ from kka.experiment import check_detector, fill_epochs, find_device
 from kka.loop import Loop
 from kka.loop_folder import check_loop, check_parts, default_folder, opened, report_loop
 from kka.loop_settings import PREFIXED, LoopSettings, flags_of
+from kka.options import check_name
 from kka.runs import RESULTS
 from kka.settings import make_settings, take_prefix
 from kka.tracking import check_report_to
@@ -37,6 +38,7 @@ def main() -> None:
         make_settings(cls, take_prefix(prefix, flags)) for prefix, cls in PREFIXED.items()
     )
     check_report_to(settings.report_to)
+    check_name(settings.name)
     tuning = replace(tuning, report_to=tuning.report_to or settings.report_to)
     spec = get_spec(settings.dataset_name)
     detector = fill_epochs(detector, spec)

@@ -92,7 +92,13 @@ def test_character_cut_in_two_is_a_torn_line_too(tmp_path):
         ("[]", "line 2 is no record"),
         ('{"file": "a"}', "line 2 is no record"),
         (json.dumps({**asdict(item(1)), "file": "../../passwd"}), "line 2 names the file '../../passwd'"),
-        (json.dumps({**asdict(item(1)), "file": 3}), "line 2 names the file 3"),
+        (json.dumps({**asdict(item(1)), "file": 3}), "line 2 has 3 as 'file'; restore it or remove"),
+        (json.dumps({**asdict(item(1)), "drawer_settings": None}), "line 2 has null as 'drawer_settings'"),
+        (json.dumps({**asdict(item(1)), "caption": 5}), "line 2 has 5 as 'caption'"),
+        (json.dumps({**asdict(item(1)), "sha256": None}), "line 2 has null as 'sha256'"),
+        (json.dumps({**asdict(item(1)), "examples": ["a", 1]}), "line 2 has .* as 'examples'"),
+        (json.dumps({**asdict(item(1)), "score": float("nan")}), "line 2 has NaN as 'score'"),
+        (json.dumps({**asdict(item(1)), "status": "foo"}), "line 2 has the status 'foo'; it is one of new"),
     ],
 )
 def test_damaged_manifest_is_named_with_its_line(line, part, tmp_path):
@@ -100,6 +106,13 @@ def test_damaged_manifest_is_named_with_its_line(line, part, tmp_path):
     (tmp_path / MANIFEST).write_text(f"{good}\n{line}\n{good}\n")
     with pytest.raises(UserError, match=part):
         read_items(tmp_path)
+
+
+def test_last_line_of_somebody_else_is_not_cut_off(tmp_path):
+    (tmp_path / MANIFEST).write_text("my notes")
+    with pytest.raises(UserError, match=r"manifest\.jsonl: the last line is no JSON"), appending(tmp_path):
+        pass
+    assert (tmp_path / MANIFEST).read_text() == "my notes"
 
 
 def test_lines_of_a_file_with_windows_ends_and_a_mark(tmp_path):

@@ -38,6 +38,7 @@ def test_missing_captions_are_refused(other_sets, tmp_path):
         ({"backbone": "squeezenet1_2"}, ["--backbone 'squeezenet1_2' is no network", "mean squeezenet1_1"]),
         ({"layers": ["features.5", "features.99", "features.10"]}, ["--layers", "no layer 'features.99'"]),
         ({"image_size": 8}, ["squeezenet1_0 cannot take images of 8 px", "--image_size 21"]),
+        ({"image_size": 100_000}, ["images of 100000 px", "--image_size 8000 is the largest"]),
         ({"image_size": 0}, ["--image_size must be above 0"]),
         ({"backbone_init": None, "backbone_weights": "other.pth"}, ["does not fit squeezenet1_0"]),
         ({"backbone_weights": "other.pth"}, ["--backbone_init random and --backbone_weights exclude"]),

@@ -1,5 +1,6 @@
 """CMDA: parity with the official code, captions, mixing, resume."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -253,6 +254,13 @@ def test_local_text_model_trains(text_model):
     detector = CMDA(replace(FAST, text_encoder=text_model, n_epochs=1))
     detector.fit(train)
     assert detector.score(train.resized).isfinite().all()
+
+
+def test_damaged_text_model_is_refused(text_model, tmp_path):
+    folder = shutil.copytree(text_model, tmp_path / "model")
+    (folder / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"is no text model on this machine .*; give tfidf, a folder"):
+        encode_sentences(["a flower"], str(folder), 1, 0, CPU)
 
 
 def test_unknown_text_model_is_refused(tmp_path):

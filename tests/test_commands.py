@@ -2,19 +2,26 @@
 
 import json
 import re
+import runpy
 import shlex
 import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from test_dpo_scripts import run as run_dpo
+from tiny_models import tiny_adapter
 from toy import run_main, write_toy_folder, write_toy_set
+from toy_pairs import pink_pairs
 
 import demo
 from kka.datasets import flower, garden, get_spec
+from kka.pairs import write_pairs
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 COMMANDS = re.findall(r"^python src/main\.py(.*?)(?:#.*)?$", README, flags=re.MULTILINE)
+BY_HAND = re.findall(r"^python ((?:create|dpo)/\S+\.py) (.*?)(?:#.*)?$", README, flags=re.MULTILINE)
 SMALL = {"normal": {"train": 5, "test": 3}, "other": {"train": 1, "test": 1}}
 FAST = ["--n_epochs", "1", "--ae_n_epochs", "1", "--device", "cpu"]
 FAST_AHL = [
@@ -63,8 +70,33 @@ def test_readme_command_runs(command, tmp_path, request):
         assert 0 <= results["test_auc"] <= 1
 
 
+@pytest.mark.parametrize(("script", "words"), BY_HAND)
+def test_readme_flags_exist(script, words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert not stop.value.code
+    known = set(re.findall(r"--\w+", capsys.readouterr().out))
+    assert set(re.findall(r"--\w+", words)) <= known
+
+
+def test_readme_comparison_of_llms_runs(glm, tmp_path, monkeypatch):
+    """As it stands there, but for where data and LLM are."""
+    (words,) = [words for script, words in BY_HAND if script == "dpo/dpo_test.py"]
+    monkeypatch.chdir(tmp_path)
+    tiny_adapter(Path("adapter"), glm)
+    write_pairs(Path("adapter/tuning/pairs.json"), pink_pairs())
+    data = write_toy_set(tmp_path / "toy", flower.SPEC)
+    places = ["--data_path", data, "--normal_class", 1, "--model", glm, "--device", "cpu", "--n", 4]
+    outcome = run_dpo("dpo_test", *shlex.split(words), *places, "--max_new_tokens", 24)
+    assert outcome.code == 0, outcome.stderr
+    assert "similarity to normal" in outcome.log
+    assert Path("adapter/dpo_test.json").exists()
+
+
 def test_readme_names_every_kind_of_command():
     assert len(COMMANDS) >= 5
+    assert len(BY_HAND) >= 5
     assert README.index("make demo") < README.index("make test") < README.index("python src")
 
 

@@ -196,7 +196,7 @@ def test_captions_without_image_are_counted(run, tmp_path, monkeypatch):
         ({"seed": -1}, "--seed"), ({"backend": "paint"}, "--backend"), ({"preset": "sd3"}, "--preset"),
         ({"dataset_name": "flower"}, "garden's captions only"), ({"backend": "bank"}, "--bank DIR"),
         ({"backend": "api"}, "ZHIPUAI_API_KEY"), ({"backend": "diffusers", "preset": "own"}, "--model"),
-        ({"stpes": 3}, "--stpes"),
+        ({"stpes": 3}, "--stpes"), ({"used": "nowhere"}, "--used nowhere does not exist"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_sentence(flags, part, run, tmp_path, monkeypatch):

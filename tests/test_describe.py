@@ -221,6 +221,17 @@ def test_damaged_files_are_named(tmp_path, name, content, says):
         ask(tmp_path / "captions.jsonl")
 
 
+@pytest.mark.parametrize("text", ['{"a": 1}\nmy last line', "my only line", '{"a": 1}\n{"mine": '])
+def test_file_of_somebody_else_stays_as_it_is(tmp_path, text):
+    """Also its last line, which looks like the part of one that a killed process leaves."""
+    path = tmp_path / "mine.jsonl"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"mine\.jsonl"):
+        ask(path)
+    assert path.read_text() == text
+    assert not answers_path(path).exists()
+
+
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):

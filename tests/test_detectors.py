@@ -207,8 +207,8 @@ def test_flags_that_do_not_fit_are_refused(toy_set, tmp_path, words, part):
 @pytest.mark.parametrize(
     ("config", "part"),
     [
-        ({"detector": "ssd", "net_name": "x"}, "--load_config: net_name belongs to --detector deep_sad"),
-        ({"clusters": 2}, "--load_config: clusters belongs to --detector ssd or cmda, not to deep_sad"),
+        ({"detector": "ssd", "net_name": "x"}, "config.json: net_name belongs to --detector deep_sad"),
+        ({"clusters": 2}, "config.json: clusters belongs to --detector ssd or cmda, not to deep_sad"),
         ({"detector": "sdd"}, "setting 'detector' must be one of"),
         ({"detector": 3}, "setting 'detector' must be of type str"),
         ({"detector": "ssd", "preset": "large"}, "no --preset 'large'"),

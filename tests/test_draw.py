@@ -168,6 +168,7 @@ def test_captions_of_the_describer(tmp_path):
         ("a.jsonl", b'{"caption": 3}\n', "line 1 must be"),
         ("a.jsonl", b'{"caption": " "}\n', "line 1 must be"),
         ("a.jsonl", b'{"caption": "x"}\n["y"]\n', "line 2 must be"),
+        ("a.jsonl", b'{"caption": "x", "examples": null}\n', "line 1 has null as 'examples'"),
         ("a.jsonl", b"x\n{}\n", "line 1 is not valid JSON"),
         ("a.jsonl", b'{"caption": "\xff"}\n', "line 1 is not valid JSON"),
     ],

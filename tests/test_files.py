@@ -7,11 +7,11 @@ import os
 import stat
 
 import pytest
-from toy import read_json, refused, results, run_toy, snapshot
+from toy import call_script, read_json, refused, results, run_toy, snapshot
 
 from kka.errors import UserError
+from kka.files import check_output, sha256, write_atomically, write_bytes, write_json
 from kka.files import read_json as read_checked
-from kka.files import sha256, write_atomically, write_bytes, write_json
 
 
 def full(*args, **kwargs):
@@ -130,3 +130,24 @@ def test_disk_full_in_a_run_and_then_the_same_command(toy_set, tmp_path, monkeyp
     assert results(folder) == results(finished)
     for other in ("d_samples.json", "e_samples.json"):
         assert read_json(folder / other) == read_json(finished / other)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("", " is a folder; give the name of a file"),
+        ("file/x", "/file cannot be made, as a file is in its way; choose another place"),
+        ("file/x/y", "/file/x cannot be made, as a file is in its way; choose another place"),
+    ],
+)
+def test_place_that_cannot_be_written_is_one_sentence(tmp_path, name, part):
+    (tmp_path / "file").write_bytes(b"old")
+    refused(call_script(lambda: write_bytes(tmp_path / name, b"new"), ["script"]), f"{tmp_path}{part}")
+    with pytest.raises(UserError, match=f"--out {tmp_path / name} "):
+        check_output(tmp_path / name, "--out")
+    assert snapshot(tmp_path) == {"file": b"old"}
+
+
+def test_place_that_is_not_there_yet_can_be_written(tmp_path):
+    check_output(tmp_path / "new" / "folder" / "x.json", "--out")
+    assert not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from anomaly_sets import draw_set
 from PIL import Image
-from toy import read_json, run_toy, write_toy_set
+from toy import read_json, run_toy, snapshot, write_damaged, write_toy_set
 
 from kka.anomalies import live, read_items
 from kka.datasets import get_spec
@@ -123,7 +124,9 @@ def test_the_current_set_gets_the_split_of_the_run(call, world):
         ({"mode": "swap"}, "invalid choice: 'swap'"),
         ({"dataset_name": "roses"}, "unknown data set 'roses'"),
         ({"dataset_name": "ucm_caption"}, "is of Garden (drawn flowers); leave the flag out"),
-        ({"anomaly_path": "nowhere"}, "the anomaly folder nowhere does not exist"),
+        ({"device": "foo"}, "--device 'foo' is no device"),
+        ({"anomaly_path": "nope"}, "--anomaly_path nope has no images in a manifest.jsonl; give a folder"),
+        ({"fresh": "nope"}, "--fresh nope has no images in a manifest.jsonl; give a folder"),
     ],
 )
 def test_bad_input_is_one_sentence(call, flags, part, tmp_path):
@@ -131,4 +134,40 @@ def test_bad_input_is_one_sentence(call, flags, part, tmp_path):
     assert code == 2
     assert part in err.splitlines()[-1]
     assert "Traceback" not in err
+    assert not (tmp_path / "next").exists()
+
+
+def test_damaged_image_is_named_without_a_flag_that_is_not_here(call, world, tmp_path):
+    fresh = shutil.copytree(world / "fresh", tmp_path / "fresh")
+    write_damaged(fresh / "image_00002.png", "html")
+    code, _, err = call(fresh=fresh)
+    assert code == 2
+    assert "image_00002.png is no readable image" in err
+    assert err.endswith("; restore it\n")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_device_that_is_not_there_is_the_cpu(call):
+    code, _, err = call(device="cuda")
+    assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "part"),
+    [
+        ("model.json", "{}", "is damaged or of another version of this program (KeyError: 'detector')"),
+        ("model.safetensors", "", "is damaged or of another version"),
+        ("d_samples.json", "[[1, 2]]", "d_samples.json: item 0 must be [[index, label, score], [captions]]"),
+        ("e_samples.json", "{}", "e_samples.json must hold a list"),
+    ],
+)
+def test_damaged_run_is_one_sentence_and_changes_nothing(call, world, tmp_path, name, content, part):
+    run = shutil.copytree(world / "run", tmp_path / "damaged")
+    (run / name).write_text(content)
+    before = snapshot(world / "set")
+    code, _, err = call(run=run)
+    assert code == 2, err
+    assert part in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert snapshot(world / "set") == before
     assert not (tmp_path / "next").exists()

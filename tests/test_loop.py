@@ -259,6 +259,7 @@ def test_finished_loop_of_other_settings_is_refused(world, finished):
         ({"tune_max_steps": 0}, "--tune_max_steps must be at least 1"),
         ({"pairs_validation_share": 5}, "--pairs_validation_share must lie in"),
         ({"evaluator": "frozen", "evaluator_backbone": "nope"}, "--evaluator_backbone"),
+        ({"name": "a/../../b"}, "--name 'a/../../b' must be one folder name"),
     ],
 )
 def test_bad_input_is_one_sentence_before_anything_is_trained(

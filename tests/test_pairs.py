@@ -184,6 +184,12 @@ def test_official_validation_file(tmp_path):
     assert pairs.counts == {"dropped_in_both_splits": 1, "train": 5, "validation": 1}
 
 
+def test_bad_validation_file_is_named(tmp_path):
+    pairs = write_list(tmp_path / "t.json", rows(5))
+    with pytest.raises(UserError, match=r"--validation_pairs .*v\.json must hold a list of pairs"):
+        read(pairs, write_list(tmp_path / "v.json", {"a": 1}))
+
+
 def test_bad_rows_are_dropped_and_counted(tmp_path):
     bad = [
         row(chosen=""), row(rejected=None), row(rejected=["a"]), row("same", "Same "), row(prompt=None),

@@ -130,6 +130,12 @@ def test_width_1_has_the_official_sizes():
         assert [level.shape for level in rebuilt] == [level.shape for level in levels]
 
 
+def test_smallest_width_has_a_channel():
+    bottleneck = Bottleneck((8, 16, 32), 1e-4)
+    levels = [torch.zeros(2, n, side, side) for n, side in ((8, 16), (16, 8), (32, 4))]
+    assert bottleneck(levels).shape == (2, 2, 2, 2)
+
+
 # Resnet-18 at 32 px, for it has BatchNorm.
 TINY = ReContrastSettings(
     "resnet18", None, "random", image_size=32, n_iterations=3, batch_size=4, width=0.1, bottleneck_blocks=1,

@@ -202,6 +202,9 @@ def write_config(path, value):
         ({"settings": {"eat": 2.0}}, ["unknown setting 'eat'", "'eta'"]),
         ({"lr": "0.1"}, ["'lr' must be of type float, it is '0.1'"]),
         ({"drop_last": 1}, ["'drop_last' must be of type bool"]),
+        ({"seed": "a"}, ["'seed' must be of type int, it is 'a'"]),
+        ({"detector": 5}, ["'detector' must be of type str, it is 5"]),
+        ({"temperature": 0.5}, ["temperature belongs to --detector ssd"]),
         ({"split": "both"}, ["'split' must be one of own, crossfit"]),
         ([], ["--load_config", "must hold an object"]),
         ({"settings": 3}, ["--load_config", "must hold an object"]),
@@ -210,7 +213,7 @@ def write_config(path, value):
 )
 def test_bad_config_is_refused(toy_set, tmp_path, value, parts):
     path = write_config(tmp_path / "config.json", value)
-    refused(run_toy(toy_set, tmp_path / "run", load_config=path), *parts)
+    refused(run_toy(toy_set, tmp_path / "run", load_config=path), "--load_config", path, *parts)
     assert not (tmp_path / "run").exists()
 
 

@@ -191,8 +191,8 @@ def test_too_few_images_are_refused(train, change, part):
     "change",
     [
         {"lr": 0.0}, {"temperature": 0.0}, {"warmup_lr": -1.0}, {"batch_size": 1}, {"clusters": 0},
-        {"copies": 0}, {"momentum": -0.1}, {"weight_decay": -1.0}, {"n_epochs": -1}, {"warmup": -1},
-        {"test_every": -1},
+        {"copies": 0}, {"momentum": -0.1}, {"momentum": 1.0}, {"weight_decay": -1.0}, {"n_epochs": -1},
+        {"warmup": -1}, {"test_every": -1},
     ],
 )  # fmt: skip
 def test_settings_out_of_range_name_the_flag(change):

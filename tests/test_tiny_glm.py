@@ -226,6 +226,7 @@ def test_finished_checkpoint_is_left_alone(captions, trained):
         ({"seed": -1}, ["--seed"]),
         ({"captions": "nowhere.txt"}, ["nowhere.txt", "does not exist"]),
         ({"dataset_name": "lawn"}, ["lawn", "known are"]),
+        ({"data_path": "/nowhere"}, ["--data_path /nowhere has no effect", "omit it"]),
         ({"data_path": "/nowhere", "dataset_name": "ucm_caption"}, ["/nowhere", "--data_path"]),
     ],
 )

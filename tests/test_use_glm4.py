@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -139,6 +140,26 @@ def test_too_few_captions_are_an_error_that_counts(run, glm):
     assert Path("flower.txt").read_text().splitlines() == [record["caption"] for record in records()]
 
 
+@pytest.mark.parametrize(
+    ("model", "words", "says"),
+    [
+        (None, [], "--run damaged is no finished run; give the folder of one"),
+        ("{}", [], "--run damaged is damaged or of another version of this program"),
+        ("", ["--n_examples", 50], "--n_examples must lie between 1 and the number of normal images, 10"),
+    ],
+)
+def test_run_that_chooses_no_examples_is_one_sentence(run, finished, toy_set, tmp_path, model, words, says):
+    """A `model` of None: no such run; "": as it was."""
+    if model is not None:
+        shutil.copytree(finished, tmp_path / "damaged")
+    if model:
+        (tmp_path / "damaged" / "model.json").write_text(model)
+    flags = ["--dataset_name", "ucm_caption", "--data_path", toy_set, "--normal_class", 1]
+    code, errors = run(*flags, "--run", "damaged", *words)
+    assert code == 2
+    assert says in errors.splitlines()[-1]
+
+
 def test_folders_without_numbers_have_no_normal_class(run):
     code, errors = run("--dataset_name", "folder", "--normal_class", 1)
     assert code == 2
@@ -154,6 +175,7 @@ def test_folders_without_numbers_have_no_normal_class(run):
         (["--seed", -1], "--seed must be at least 0"),
         (["--examples", " "], "one of --examples is empty"),
         (["--out", "captions.txt"], "must end in .jsonl"),
+        (["--text", "."], "--text . is a folder"),
         (["--dataset_name", "roses"], "unknown data set 'roses'"),
         (["--data_path", "nowhere"], "--data_path nowhere does not exist"),
         (["--examples", PINK, "--known", "nowhere.jsonl"], "--known nowhere.jsonl does not exist"),

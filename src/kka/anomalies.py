@@ -8,17 +8,18 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, get_type_hints
 
 import numpy as np
 
 from kka.datasets.layout import NAME_LIST, DataSetSpec, list_images, write_class_folder
 from kka.errors import UserError
 from kka.files import sha256, write_bytes
+from kka.settings import fits
 
 if TYPE_CHECKING:
     from kka.results import Scored
@@ -28,6 +29,7 @@ LOCK = ".lock"
 PER_ROUND = 59  # new hard anomalies per round: the paper's sets of 200 grow to 318 in two rounds
 MODES = ("add", "rep")
 MAX_NUMBER = 99_999
+STATUSES = ("new", "hard", "easy", "between")
 _NAME = re.compile(r"image_\d{5}\.png")
 
 
@@ -61,6 +63,9 @@ class Item:
     """that the evaluator gave it, higher = more anomalous"""
     replaced: int | None = None
     """round whose update took it out of the set"""
+
+
+_HINTS = get_type_hints(Item)
 
 
 @dataclass(frozen=True)
@@ -124,9 +129,20 @@ def _parse(value: Any, where: str) -> Item:
         item = Item(**value)
     except TypeError:
         raise UserError(f"{where} is no record of a generated image; restore it or remove the line") from None
-    if not isinstance(item.file, str) or not _NAME.fullmatch(item.file):
+    check_fields(value, where)
+    if not _NAME.fullmatch(item.file):
         raise UserError(f"{where} names the file {item.file!r}; names are {file_name(1)} and so on")
+    if item.status not in STATUSES:
+        raise UserError(f"{where} has the status {item.status!r}; it is one of {', '.join(STATUSES)}")
     return item
+
+
+def check_fields(value: Mapping[str, Any], where: str) -> None:
+    """Raises UserError for a value that is not of the type of the field of `Item` with its name."""
+    for name, hint in _HINTS.items():
+        if name in value and not fits(value[name], hint):
+            found = json.dumps(value[name])[:60]
+            raise UserError(f"{where} has {found} as {name!r}; restore it or remove the line")
 
 
 def refuse_foreign(folder: Path) -> None:
@@ -176,7 +192,7 @@ def appending(folder: Path, shard: tuple[int, int] = (0, 1)) -> Iterator[Callabl
     name = MANIFEST if n == 1 else f"manifest.{index}.jsonl"
     with held(folder, shared=n > 1), open(folder / name, "a+b") as file:
         _lock(file, folder, fcntl.LOCK_EX)  # another launch would share the folder, but not this
-        _end_line(file)
+        end_line(file)
         yield lambda items: _append(file, items)
 
 
@@ -335,14 +351,21 @@ def _append(file: BinaryIO, items: Sequence[Item]) -> None:
     os.fsync(file.fileno())
 
 
-def _end_line(file: BinaryIO) -> None:
-    """Finish the last line, or cut off the part of one that a killed process has left."""
+def end_line(file: BinaryIO) -> None:
+    """Finish the last line, or cut off the part of an object that a killed process has left.
+
+    Raises UserError for a last line that is no beginning of an object: it is somebody else's.
+    """
     file.seek(0)
     data = file.read()
     start = data.rfind(b"\n") + 1
     try:
-        if data[start:]:
+        if data[start:].strip():
             json.loads(data[start:])
             file.write(b"\n")
     except ValueError:
+        if not data[start:].startswith((b"{", b"\0")):  # zeros: a power cut
+            raise UserError(
+                f"{file.name}: the last line is no JSON; remove it or choose another place"
+            ) from None
         file.truncate(start)

@@ -69,6 +69,7 @@ def read_kinds(
         texts = [str(record["caption"]).strip() for record in read_captions(Path(file))]
         kinds = [tuple(dict.fromkeys(texts))]
     elif spec.name == garden.SPEC.name:
+        _refuse_path(data_path)
         kinds, normal = _garden_kinds(seed)
     else:
         classes = _read_classes(spec, data_path)
@@ -95,6 +96,7 @@ def read_images(
         seed: of the drawn ones.
     """
     if spec.name == garden.SPEC.name:
+        _refuse_path(data_path)
         return draw_pool(n_drawn, seed, side)
     classes = _read_classes(spec, data_path)
     everything = sum(classes.values(), Images())
@@ -116,6 +118,12 @@ def draw_pool(n: int, seed: int, side: int) -> CaptionedImages:
             captions += [_pool_captions(number, seed) for number in numbers]
             bar.update(len(numbers))
     return CaptionedImages(torch.cat(parts), tuple(captions))
+
+
+def _refuse_path(data_path: str | None) -> None:
+    """Raises UserError for a folder that would not be read."""
+    if data_path is not None:
+        raise UserError(f"--data_path {data_path} has no effect: the garden's flowers are drawn; omit it")
 
 
 def _garden_kinds(seed: int) -> tuple[list[tuple[str, ...]], tuple[int, ...]]:

@@ -1,7 +1,8 @@
 """The command line of everything that trains a detector: --detector decides which flags there are."""
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ def parse_command(
     words = sys.argv[1:]
     early = _early(words)
     config = read_config(early.get("load_config"))
+    with _naming(early.get("load_config")):
+        make_settings(DetectorChoice, {key: value for key, value in config.items() if key not in early})
     choice = make_settings(DetectorChoice, {**config, **early})
     if choice.detector != config.get("detector", choice.detector):
         raise UserError(
@@ -50,8 +53,11 @@ def parse_command(
     _refuse_foreign(unknown, "--", name, known)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    _refuse_foreign(config, "--load_config: ", name, known)
-    check_keys(config, *known)
+    with _naming(early.get("load_config")):
+        _refuse_foreign(config, "", name, known)
+        check_keys(config, *known)
+        for cls in known:  # a value that a flag replaces may be anything
+            make_settings(cls, {key: value for key, value in config.items() if key not in vars(flags)})
     own = preset_values(name, config.get("preset"))
     values = {**own, **config, **preset_values(name, early.get("preset")), **vars(flags)}
     return values, make_settings(settings_class, values)
@@ -69,6 +75,15 @@ def read_config(path: str | None) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise UserError(f"--load_config {path} must hold an object of settings")
     return {key: value for key, value in settings.items() if key not in ("xp_path", "name", "overwrite")}
+
+
+@contextmanager
+def _naming(path: str | None) -> Iterator[None]:
+    """Say of bad settings which --load_config they are from."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"--load_config {path}: {error}") from None
 
 
 def preset_values(name: str, preset: str | None) -> dict[str, Any]:

@@ -18,14 +18,14 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from kka.anomalies import read_lines
+from kka.anomalies import end_line, read_lines
 from kka.clean import Cleaner, SimilarTexts
 from kka.datasets import garden, get_spec, sources
 from kka.datasets.layout import DataSetSpec, Images
 from kka.datasets.task import Choice, read_task
 from kka.draw import read_captions
 from kka.errors import UserError
-from kka.files import write_bytes
+from kka.files import check_output, write_bytes
 from kka.language_models import LanguageModel, LanguageModelSettings, load_language_model
 from kka.prompts import generation_prompt, prompt_digest
 from kka.seeds import derive_seed
@@ -113,7 +113,10 @@ def describe(
         "adapter": model.adapter,
     }
     source |= {"seed": seed, "round": round}
-    with appending(answers_path(path)) as answers, appending(path) as captions:
+    with (
+        appending(path, "caption", str) as captions,
+        appending(answers_path(path), "answers", list) as answers,
+    ):
         collector = _Collector(source, examples, n, captions, path, is_normal, known)
         described = collector.described
         for record in read_records(answers_path(path), "answers", list):
@@ -202,7 +205,7 @@ def ask_for_captions(settings: CaptionSettings, model_settings: LanguageModelSet
     check_settings(settings)
     spec = get_spec(settings.dataset_name)
     normals = read_normals(settings, spec)
-    examples = settings.examples or find_examples(settings, normals)
+    examples = settings.examples or find_examples(settings, normals, "--n_examples")
     prompt = generation_prompt(spec, examples)
     log.info("%s", prompt)
     is_normal = normal_test(spec, normals, settings.normal_class or spec.normal_classes)
@@ -221,14 +224,17 @@ def ask_for_captions(settings: CaptionSettings, model_settings: LanguageModelSet
     )
 
 
-def find_examples(settings: CaptionSettings, normals: Images) -> list[str]:
-    """Captions of representative normal images (Eq. 1-2) with --run, of random ones without."""
+def find_examples(settings: CaptionSettings, normals: Images, flag: str = "--n_clusters") -> list[str]:
+    """Captions of representative normal images (Eq. 1-2) with --run, of random ones without.
+
+    `flag` gave their number, for messages.
+    """
     n = settings.n_examples or max(1, len(set(normals.classes)))
     if settings.run is None:
         return choose_examples(normals.captions, n, settings.seed)
     from kka.represent import representatives
 
-    chosen = representatives(Path(settings.run), normals, n, settings.seed)
+    chosen = representatives(Path(settings.run).expanduser(), normals, n, settings.seed, flag)
     return choose_examples([normals.captions[i] for i in chosen], n, settings.seed)
 
 
@@ -245,6 +251,8 @@ def check_settings(settings: CaptionSettings) -> None:
         raise UserError("one of --examples is empty")
     if Path(settings.out).suffix != ".jsonl":
         raise UserError(f"--out {settings.out} must end in .jsonl; --text writes plain lines")
+    if settings.text is not None:
+        check_output(Path(settings.text), "--text")
 
 
 def read_normals(settings: CaptionSettings, spec: DataSetSpec) -> Images:
@@ -293,10 +301,10 @@ def answers_path(path: Path) -> Path:
 
 
 @contextmanager
-def appending(path: Path) -> Iterator[BinaryIO]:
+def appending(path: Path, key: str, kind: type) -> Iterator[BinaryIO]:
     """The file, open to append, without the unfinished line of a killed process.
 
-    Raises UserError if it cannot be written or another process has it.
+    Raises UserError if it cannot be written, another process has it, or `read_records` refuses it.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -310,20 +318,9 @@ def appending(path: Path) -> Iterator[BinaryIO]:
             raise UserError(
                 f"{path} is in use by another process; wait for it or choose another file"
             ) from None
-        _mend(file)
+        read_records(path, key, kind)  # a file of somebody else is refused as it is
+        end_line(file)
         yield file
-
-
-def _mend(file: BinaryIO) -> None:
-    """Take away an unfinished last line; end a whole one."""
-    file.seek(0)
-    *lines, last = file.read().split(b"\n")
-    try:
-        if last.strip():
-            json.loads(last)
-            file.write(b"\n")
-    except ValueError:
-        file.truncate(sum(len(line) + 1 for line in lines))
 
 
 def append(file: BinaryIO, records: Sequence[dict[str, Any]]) -> None:

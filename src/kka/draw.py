@@ -21,6 +21,7 @@ from kka.anomalies import (
     MAX_NUMBER,
     Item,
     appending,
+    check_fields,
     check_image,
     file_name,
     file_number,
@@ -103,6 +104,7 @@ def _check_record(value: Any, where: str) -> dict[str, Any]:
     caption = value.get("caption") if isinstance(value, dict) else None
     if not isinstance(caption, str) or not caption.strip():
         raise UserError(f'{where} must be an object with a "caption", it is {json.dumps(value)[:80]}')
+    check_fields({key: value[key] for key in PROVENANCE if key in value}, where)  # the manifest gets them
     return value
 
 
@@ -137,6 +139,7 @@ def draw_captions(
     if len(records) > MAX_NUMBER:
         raise UserError(f"{len(records)} captions are more than the {MAX_NUMBER} that file names allow")
     refuse_foreign(folder)
+    read_items(folder)  # a damaged manifest is refused before its last line is mended
     mine = range(1 + shard[0], len(records) + 1, shard[1])
     size, new = 1 if drawer.one_at_a_time else batch_size, 0
     with appending(folder, shard) as append:

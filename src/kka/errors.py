@@ -41,13 +41,21 @@ def _explain(error: BaseException, again: str) -> tuple[str, int] | None:
         return f"error: {error}", BAD_INPUT
     if isinstance(error, TrainingError):
         return f"error: {error}", 1
-    number = error.errno if isinstance(error, OSError) else None
-    if number in (errno.ENOSPC, errno.EDQUOT):
-        where = f" while writing {error.filename}" if error.filename else ""  # type: ignore[attr-defined]
+    return _explain_place(error) if isinstance(error, OSError) else None
+
+
+def _explain_place(error: OSError) -> tuple[str, int] | None:
+    """The same for a place that cannot be written."""
+    name = error.filename2 or error.filename  # the second is where a temporary file was to go
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" while writing {error.filename}" if error.filename else ""
         return f"error: the disk is full{where}; free some space and run the same command again", 1
-    if number in (errno.EACCES, errno.EROFS, errno.EPERM):
-        name = error.filename  # type: ignore[attr-defined]
-        return f"error: no permission to write {name}; choose another folder", BAD_INPUT
+    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return f"error: no permission to write {error.filename}; choose another folder", BAD_INPUT
+    if name and error.errno == errno.EISDIR:
+        return f"error: {name} is a folder; give the name of a file", BAD_INPUT
+    if name and error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return f"error: {name} cannot be made, as a file is in its way; choose another place", BAD_INPUT
     return None
 
 

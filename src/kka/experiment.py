@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kka.datasets import get_spec, mvtec
+from kka.datasets.images import UnreadableImageError
 from kka.datasets.layout import ANOMALY_FOLDER, DataSetSpec
 from kka.datasets.sources import data_root
 from kka.datasets.task import Choice, Task, parse_user_dict, read_task
@@ -54,7 +55,10 @@ def run_experiment(settings: ExperimentSettings, detector: DetectorSettings) -> 
             f"{runs[0].folder.parent} holds a single run; choose another --xp_path or --name for --runs"
         )
     together = settings.vmap_seeds
-    results = [each for k in range(0, len(runs), together) for each in execute(runs[k : k + together])]
+    try:
+        results = [each for k in range(0, len(runs), together) for each in execute(runs[k : k + together])]
+    except UnreadableImageError as error:
+        raise UserError(f"{error} or give --skip_bad_images") from None
     if settings.runs > 1:
         summarize(runs[0].folder.parent, results)
     return results

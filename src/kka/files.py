@@ -33,6 +33,15 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         raise
 
 
+def check_output(path: Path, flag: str) -> None:
+    """Raises UserError where no file can be written, before the work whose result it is to hold."""
+    if path.is_dir():
+        raise UserError(f"{flag} {path} is a folder; name a file")
+    above = next(folder for folder in path.parents if folder.exists() or folder == folder.parent)
+    if not above.is_dir():
+        raise UserError(f"{flag} {path} cannot be written, as {above} is a file; name another")
+
+
 def _sync_folder(folder: Path) -> None:
     """Make a rename survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -128,7 +128,7 @@ class Api:
         except (openai.OpenAIError, ValueError):
             raise UnusableError("no JSON") from None
         entries = getattr(answer, "data", None)
-        if not entries:
+        if not isinstance(entries, list) or not entries:
             raise (
                 FilteredError
                 if getattr(answer, "content_filter", None)
@@ -154,7 +154,7 @@ class Api:
         encoded, url = getattr(entry, "b64_json", None), getattr(entry, "url", None)
         try:
             data = base64.b64decode(encoded, validate=True) if encoded else None
-        except ValueError:
+        except (TypeError, ValueError):
             raise UnusableError("damaged base64") from None
         if data is None:
             if not isinstance(url, str) or not url.startswith(("http://", "https://")):
@@ -172,6 +172,8 @@ def download(url: str) -> bytes:
         if error.code == 429 or error.code >= 500:
             raise BusyError(f"HTTP {error.code}", retry_after(error.headers.get("retry-after"))) from None
         raise UnusableError(f"expired address (HTTP {error.code})") from None
+    except (ValueError, http.client.InvalidURL):
+        raise UnusableError("no address of an image") from None
     except (OSError, http.client.HTTPException) as error:
         raise BusyError(type(error).__name__) from None
     if len(data) > MAX_BYTES:

@@ -7,19 +7,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from kka.anomalies import MODES, PER_ROUND, Updated, live, read_items, record_split, update
+from kka.anomalies import MANIFEST, MODES, PER_ROUND, Updated, live, read_items, record_split, update
 from kka.datasets import get_spec
 from kka.datasets.layout import DataSetSpec
 from kka.datasets.task import read_anomalies
 from kka.errors import UserError
+from kka.experiment import find_device
 from kka.files import read_json
-from kka.results import MODEL_CARD, Scored, write_split
+from kka.results import EASY, HARD, MODEL_CARD, Scored, read_rows, write_split
 from kka.run import load_detector
 from kka.runs import CONFIG, RESULTS
 from kka.seeds import derive_seed
 from kka.settings import option
 from kka.split import easy_anomalies, hard_anomalies
-from kka.trained import views
+from kka.trained import open_run, views
 
 
 @dataclass(frozen=True)
@@ -57,17 +58,27 @@ def update_anomalies(settings: UpdateSettings) -> tuple[Updated, float]:
     )
     if not (run / RESULTS).exists():
         raise UserError(f"--run {run} is no finished run; train it with src/main.py")
-    spec = _spec_of(run, s.dataset_name)
+    spec, device = _spec_of(run, s.dataset_name), find_device(s.device, strict=False)
+    for name, folder in (("anomaly_path", current), ("fresh", fresh)):
+        if not live(read_items(folder)):
+            raise UserError(
+                f"--{name} {folder} has no images in a {MANIFEST}; give a folder of create/create_image.py"
+            )
+    open_run(run, device, "--run")  # a damaged one is refused before the current set is changed
     if s.split == "run":
         record_split(current, read_split(run))
-    share = judge_folder(run, fresh, spec, torch.device(s.device))
+    share = judge_folder(run, fresh, spec, device)
     rng = np.random.default_rng(derive_seed(s.seed, "update", s.round))
     return update(current, fresh, out, spec, s.mode, s.round, rng, s.per_round), share
 
 
 def run_settings(run: Path) -> dict[str, Any]:
-    """What a run of src/main.py was asked for."""
-    return read_json(run / CONFIG)["settings"]
+    """What a run of src/main.py was asked for; raises UserError if its config.json does not say it."""
+    config = read_json(run / CONFIG)
+    settings = config.get("settings") if isinstance(config, dict) else None
+    if not isinstance(settings, dict) or not {"dataset_name", "hard_inclusive"} <= settings.keys():
+        raise UserError(f"{run / CONFIG} is not from a run of src/main.py; give another one with --run")
+    return settings
 
 
 def _spec_of(run: Path, name: str | None) -> DataSetSpec:
@@ -115,15 +126,15 @@ def read_split(run: Path) -> Scored:
 
     With --easy_top_k an image may be in both; it is hard then.
     """
-    hard, easy = (read_json(run / f"{name}_samples.json") for name in ("d", "e"))
-    by_index = {row[0][0]: (row, False) for row in easy} | {row[0][0]: (row, True) for row in hard}
+    by_index = {row[0]: (row, False) for row in read_rows(run / EASY)}
+    by_index |= {row[0]: (row, True) for row in read_rows(run / HARD)}
     index = sorted(by_index)
     is_hard = np.array([by_index[i][1] for i in index], dtype=bool)
     rows = [by_index[i][0] for i in index]
     return Scored(
         tuple(index),
-        tuple(tuple(texts) for _, texts in rows),
-        np.array([score for (_, _, score), _ in rows]),
+        tuple(tuple(texts) for _, _, texts in rows),
+        np.array([score for _, score, _ in rows]),
         is_hard,
         np.flatnonzero(~is_hard),
         read_json(run / MODEL_CARD)["threshold"],

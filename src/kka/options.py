@@ -116,5 +116,10 @@ def check_options(settings: ExperimentSettings) -> None:
     for name in ("name", "xp_path", "data_path", "anomaly_path", "load_model", "user_dict"):
         if getattr(settings, name) == "":
             raise UserError(f"--{name} is empty; leave it out for the default")
-    if settings.name is not None and ("/" in settings.name or settings.name in (".", "..")):
-        raise UserError(f"--name {settings.name!r} must be one folder name; use --xp_path for a path")
+    check_name(settings.name)
+
+
+def check_name(name: str | None) -> None:
+    """Raises UserError for a --name that is not the name of one folder."""
+    if name is not None and ("/" in name or name in ("", ".", "..")):
+        raise UserError(f"--name {name!r} must be one folder name; use --xp_path for a path")

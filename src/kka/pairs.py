@@ -11,10 +11,9 @@ from kka.datasets.layout import NAME_LIST, DataSetSpec
 from kka.errors import UserError
 from kka.files import read_json, write_json
 from kka.prompts import generation_prompt, prompt_digest
+from kka.results import EASY, HARD, read_rows
 from kka.seeds import derive_seed
 from kka.settings import option
-
-HARD, EASY = "d_samples.json", "e_samples.json"
 
 KEYS = ("prompt", "chosen", "rejected")
 Pair = dict[str, str]  # with these keys
@@ -99,10 +98,12 @@ def read_pairs(path: Path, settings: PairSettings, seed: int, validation: Path |
         rows, held = value.get("train"), value.get("validation", [])
     else:
         rows, held = value, None
-    if validation is not None:
-        held = read_json(validation)
     if not isinstance(rows, list) or not isinstance(held, list | None):
         raise UserError(f'{path} must hold {{"train": [pairs], "validation": [pairs]}} or a list of pairs')
+    if validation is not None:
+        held = read_json(validation)
+        if not isinstance(held, list):
+            raise UserError(f"--validation_pairs {validation} must hold a list of pairs")
     counts: Counter[str] = Counter()
     train = _clean(rows, counts)
     if held is None:
@@ -165,17 +166,10 @@ def _read_anomalies(folder: Path | None) -> tuple[list[str], dict[str, Item]]:
 
 def _read_side(path: Path, names: Sequence[str], manifest: dict[str, Item]) -> dict[str, Any]:
     """One list of a split: the caption of each image by its file name, or by its number without names."""
-    rows = read_json(path)
-    if not isinstance(rows, list):
-        raise UserError(f"{path} must hold a list, it holds a {type(rows).__name__}")
     captions = {}
-    for place, row in enumerate(rows):
+    for place, (index, _score, texts) in enumerate(read_rows(path)):
         where = f"{path}: item {place}"
-        try:
-            (index, _label, _score), texts = row
-        except (TypeError, ValueError):
-            raise UserError(f"{where} must be [[index, label, score], [captions]]") from None
-        if names and index not in range(len(names)):
+        if names and index >= len(names):
             raise UserError(
                 f"{where} is image {index}, but the anomaly folder lists {len(names)} images; "
                 "give the folder that the run scored with --anomaly_path"
@@ -185,9 +179,8 @@ def _read_side(path: Path, names: Sequence[str], manifest: dict[str, Item]) -> d
     return captions
 
 
-def _caption_of(texts: Any, item: Item | None, where: str) -> Any:
+def _caption_of(texts: list[Any], item: Item | None, where: str) -> Any:
     """The caption of an image: the manifest's, which must be among the listed ones; else the first listed."""
-    texts = texts if isinstance(texts, list) else [texts]
     if item is None:
         return texts[0] if texts else None
     if texts and item.caption not in texts:

@@ -9,8 +9,7 @@ from sklearn.covariance import ledoit_wolf
 
 from kka.datasets.layout import Images
 from kka.errors import UserError
-from kka.run import load_detector
-from kka.trained import views
+from kka.trained import open_run, views
 
 
 # Eq. (1)
@@ -21,7 +20,9 @@ def mahalanobis(features: np.ndarray, mean: np.ndarray, covariance: np.ndarray) 
 
 
 # Eq. (2)
-def select_representatives(features: np.ndarray, n_clusters: int, seed: int = 0) -> list[int]:
+def select_representatives(
+    features: np.ndarray, n_clusters: int, seed: int = 0, flag: str = "--n_clusters"
+) -> list[int]:
     """The image of smallest Mahalanobis distance in each k-means cluster.
 
     The covariance of a cluster is shrunk (Ledoit and Wolf, 2004), as it often has fewer images than
@@ -31,12 +32,13 @@ def select_representatives(features: np.ndarray, n_clusters: int, seed: int = 0)
         features: (N, D) of normal images.
         n_clusters: K, at most N.
         seed: of k-means.
+        flag: that gave K, for messages.
 
     Returns one index per cluster that is not empty, from the largest cluster to the smallest.
     Raises UserError if K is out of range or a feature is not finite.
     """
     if not 1 <= n_clusters <= len(features):
-        raise UserError(f"--n_clusters must lie between 1 and the number of normal images, {len(features)}")
+        raise UserError(f"{flag} must lie between 1 and the number of normal images, {len(features)}")
     if not np.isfinite(features).all():
         raise UserError("some features of the normal images are not finite; train the evaluator anew")
     features = np.asarray(features, dtype=np.float64)
@@ -46,11 +48,13 @@ def select_representatives(features: np.ndarray, n_clusters: int, seed: int = 0)
     return [_closest(np.flatnonzero(clusters == number), features) for number in order]
 
 
-def representatives(run: Path, normals: Images, n_clusters: int, seed: int = 0) -> list[int]:
+def representatives(
+    run: Path, normals: Images, n_clusters: int, seed: int = 0, flag: str = "--n_clusters"
+) -> list[int]:
     """`select_representatives` on the features of a trained detector. Indices into `normals`."""
-    detector = load_detector(run, torch.device("cpu"))
+    detector = open_run(run, torch.device("cpu"), "--run").detector
     features = detector.embed(views(run, detector, normals, "normal images")).numpy()
-    return select_representatives(features, n_clusters, seed)
+    return select_representatives(features, n_clusters, seed, flag)
 
 
 def _closest(members: np.ndarray, features: np.ndarray) -> int:

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from kka.augment import IMAGENET_MEAN, IMAGENET_STD
 from kka.errors import TrainingError, UserError
-from kka.files import write_bytes, write_json
+from kka.files import read_json, write_bytes, write_json
 from kka.metrics import aupr, auroc
 
 MODEL, MODEL_CARD = "model.safetensors", "model.json"
+HARD, EASY = "d_samples.json", "e_samples.json"
 MODEL_VERSION = 1  # of what these two mean; a model without a version is of the first
 
 
@@ -55,8 +56,30 @@ class Scored:
 
 def write_split(folder: Path, split: Scored) -> None:
     """Write d_samples.json (hard) and e_samples.json (easy); they list generated images only."""
-    write_json(folder / "d_samples.json", split.rows(np.flatnonzero(split.hard)))
-    write_json(folder / "e_samples.json", split.rows(split.easy))
+    write_json(folder / HARD, split.rows(np.flatnonzero(split.hard)))
+    write_json(folder / EASY, split.rows(split.easy))
+
+
+def read_rows(path: Path) -> list[tuple[int, float, list[Any]]]:
+    """Index, score and captions of each row of d_samples.json or e_samples.json.
+
+    Raises UserError naming file and place of a row that is none.
+    """
+    rows = read_json(path)
+    if not isinstance(rows, list):
+        raise UserError(f"{path} must hold a list, it holds a {type(rows).__name__}")
+    found = []
+    for place, row in enumerate(rows):
+        try:
+            (index, _label, score), captions = row
+            if not isinstance(index, int) or index < 0:
+                raise ValueError
+            found.append((index, float(score), captions if isinstance(captions, list) else [captions]))
+        except (TypeError, ValueError):
+            raise UserError(
+                f"{path}: item {place} must be [[index, label, score], [captions]]; make the run again"
+            ) from None
+    return found
 
 
 def test_metrics(targets: tuple[int, ...], scores: Tensor) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor
@@ -71,7 +72,7 @@ def _load(encoder: str) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(encoder, local_files_only=True)
         model = AutoModel.from_pretrained(encoder, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise UserError(
             f"--text_encoder {encoder} is no text model on this machine ({first_sentence(error)}); "
             f"give {TFIDF}, a folder, or the hub id of a model that was downloaded before"

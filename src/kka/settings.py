@@ -135,6 +135,18 @@ def _name(kind: Any) -> str:
     return "class" if kind == int | str else kind.__name__
 
 
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is of a type: list[str], float | None, dict[str, Any] and the like."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        return any(fits(value, part) for part in parts)
+    if origin is list:
+        return isinstance(value, list) and all(fits(item, parts[0]) for item in value)
+    if hint is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is (origin or hint)
+
+
 def _element_type(hint: Any) -> tuple[Any, bool]:
     """The type of one value, and whether the flag takes several: tuple[int, ...] | None -> (int, True)."""
     if isinstance(hint, types.UnionType):

@@ -42,7 +42,13 @@ class Trained:
 
 def open_model(path: Path, device: torch.device) -> Trained:
     """The trained detector that --model means; raises UserError if there is none that can be used."""
-    run = find_run(path)
+    return open_run(find_run(path), device)
+
+
+def open_run(run: Path, device: torch.device, flag: str = "--model") -> Trained:
+    """The trained detector of a run folder; raises UserError naming the flag if it cannot be used."""
+    if not is_finished(run):
+        raise UserError(f"{flag} {run} is no finished run; give the folder of one, of src/main.py")
     try:
         card = read_json(run / MODEL_CARD)
         _check_card(card)
@@ -58,7 +64,7 @@ def open_model(path: Path, device: torch.device) -> Trained:
         what = str(error).splitlines()[0] if str(error) else ""
         reason = what if isinstance(error, UserError) else f"{type(error).__name__}: {what}"
         raise UserError(
-            f"--model {run} is damaged or of another version of this program ({reason}); train it anew"
+            f"{flag} {run} is damaged or of another version of this program ({reason}); train it anew"
         ) from None
 
 

@@ -38,6 +38,10 @@ warnings.filterwarnings("ignore", "Palette images with Transparency", UserWarnin
 log = logging.getLogger(__name__)
 
 
+class UnreadableImageError(UserError):
+    """An image file that cannot be used; some callers can leave it out."""
+
+
 @dataclass(frozen=True)
 class Decoded:
     """A list of images as tensors."""
@@ -89,7 +93,7 @@ def decode(
         digest: their `content_digest`, under which the result is cached.
         side: side of the working copies; 0 for none.
         size: side of the resized ones.
-        skip_bad: leave unreadable files out instead of raising UserError.
+        skip_bad: leave unreadable files out instead of raising UnreadableImageError.
         threads: 0 means one per core.
         name: what the progress bar calls them.
         native: what generated images are first made like; None: they stay as they are.
@@ -113,17 +117,17 @@ def decode(
 
 
 def read_image(path: Path) -> Image.Image:
-    """An image file as RGB; raises UserError naming it if it cannot be read."""
+    """An image file as RGB; raises UnreadableImageError naming it if it cannot be read."""
     with _open(path) as picture:
         if picture.width * picture.height > MAX_PIXELS:
             size = f"{picture.width} x {picture.height}"
-            raise UserError(f"{path} has {size} pixels, more than {MAX_PIXELS}; shrink it")
+            raise UnreadableImageError(f"{path} has {size} pixels, more than {MAX_PIXELS}; shrink it")
         if picture.mode.startswith("I;16"):
             log.warning("%s has 16 bits per channel; values above 255 become white", path)
         try:
             return ImageOps.exif_transpose(picture).convert("RGB")
         except (OSError, SyntaxError, ValueError) as error:
-            raise UserError(f"{path} is damaged ({error}); restore it or give --skip_bad_images") from None
+            raise UnreadableImageError(f"{path} is damaged ({error}); restore it") from None
 
 
 def cache_folder() -> Path:
@@ -136,9 +140,7 @@ def _open(path: Path) -> Image.Image:
     try:
         return Image.open(path)
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
-        raise UserError(
-            f"{path} is no readable image ({error}); restore it or give --skip_bad_images"
-        ) from None
+        raise UnreadableImageError(f"{path} is no readable image ({error}); restore it") from None
 
 
 def _decode_all(

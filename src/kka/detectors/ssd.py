@@ -80,7 +80,9 @@ def check_settings(settings: SSDSettings) -> None:
     for name, least in (("batch_size", 2), ("clusters", 1), ("copies", 1)):
         if getattr(settings, name) < least:
             raise UserError(f"--{name} must be at least {least}, it is {getattr(settings, name)}")
-    for name in ("momentum", "weight_decay", "n_epochs", "warmup", "test_every"):
+    if not 0 <= settings.momentum < 1:
+        raise UserError(f"--momentum must lie in [0, 1), it is {settings.momentum}")
+    for name in ("weight_decay", "n_epochs", "warmup", "test_every"):
         if (getattr(settings, name) or 0) < 0:
             raise UserError(f"--{name} must not be negative, it is {getattr(settings, name)}")
 

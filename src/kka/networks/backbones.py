@@ -1,6 +1,7 @@
 """Torchvision networks as feature extractors: weights by file, download or at random; layers by name."""
 
 import difflib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from torchvision.models import get_model, get_model_weights, list_models
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from kka.augment import normalize, to_unit
+from kka.datasets.images import MAX_PIXELS
 from kka.errors import UserError
 from kka.files import sha256
 from kka.seeds import seeded
@@ -144,14 +146,21 @@ class Backbone(nn.Module):
     @torch.no_grad()
     def _try_out(self) -> list[Tensor]:
         """The outputs for one black image."""
+        name, size = self.settings.backbone, self.size
+        if size**2 > MAX_PIXELS:
+            largest = math.isqrt(MAX_PIXELS)
+            raise UserError(f"{name} cannot take images of {size} px; --image_size {largest} is the largest")
         try:
-            return self(torch.zeros(1, 3, self.size, self.size))
-        except (RuntimeError, AssertionError, ValueError):
-            name = self.settings.backbone
+            return self(torch.zeros(1, 3, size, size))
+        except (RuntimeError, AssertionError, ValueError) as error:
             least = max(pretrained_weights(name).meta["min_size"])
+            if size >= least:
+                reason = str(error).splitlines()[0]
+                raise UserError(
+                    f"{name} cannot take images of {size} px ({reason}); choose another --image_size"
+                ) from None
             raise UserError(
-                f"{name} cannot take images of {self.size} px; --image_size {least} is the smallest it is "
-                "made for"
+                f"{name} cannot take images of {size} px; --image_size {least} is the smallest it is made for"
             ) from None
 
 

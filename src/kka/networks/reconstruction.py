@@ -53,7 +53,7 @@ class Bottleneck(nn.Module):
     def __init__(self, channels: Sequence[int], width: float = 1.0, blocks: int = 3) -> None:
         super().__init__()
         c1, c2, c3 = channels
-        mid, inner = round(width * c2), round(width * c3)
+        mid, inner = max(1, round(width * c2)), max(1, round(width * c3))
         self.n_out = 2 * inner
         self.down1 = nn.Sequential(
             conv_norm(c1, mid, 3, 2), nn.ReLU(), conv_norm(mid, inner, 3, 2), nn.ReLU()
