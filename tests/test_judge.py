@@ -156,6 +156,7 @@ def test_device_that_is_not_there_is_the_cpu(call):
     ("name", "content", "part"),
     [
         ("model.json", "{}", "is damaged or of another version of this program (KeyError: 'detector')"),
+        ("config.json", "{}", "config.json is not from a run of src/main.py"),
         ("model.safetensors", "", "is damaged or of another version"),
         ("d_samples.json", "[[1, 2]]", "d_samples.json: item 0 must be [[index, label, score], [captions]]"),
         ("e_samples.json", "{}", "e_samples.json must hold a list"),
