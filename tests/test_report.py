@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from fabricated import write_loop, write_run
 from tiny_models import tiny_glm
 from toy import call_script, refused, run_toy, snapshot
 
 import iterate
 import report
+from kka import tables
 from kka.anomalies import read_items
 from kka.datasets import garden
 from kka.errors import UserError
@@ -19,6 +21,7 @@ from kka.metrics import format_interval
 from kka.report.build import short_names
 from kka.report.data import class_aucs
 from kka.report.sources import FinishedRun, read_loop, read_run
+from kka.report.tables import read_table
 
 SMALL = {"normal": {"train": 8, "test": 4}, "other": {"train": 1, "test": 1}}
 RUN_FIGURES = {"anomalies", "scores", "convergence", "latent", "classes", "sizes", "hard_shares", "margins"}
@@ -244,9 +247,23 @@ def test_table_stands_beside_the_paper(tmp_path):
     assert "Table IV" in page_of(tmp_path / "all" / "table4")
 
 
+def test_a_table_that_reproduce_writes_is_read_with_what_its_runs_cost(tmp_path):
+    jobs = tuple(write_run(tmp_path / str(k), 0.8 + k / 100, seed=k) for k in range(2))
+    loop = write_loop(tmp_path / "loop", [0.6], [0.8])
+    cells = [tables.Cell("SAD", "Oxford-102", jobs), tables.Cell("loop", "Oxford-102", (loop,), "none")]
+    tables.write_table(tables.tabulate("T", cells), tmp_path / "t")
+    (_, (first,)), (_, (second,)) = read_table(tmp_path / "t.json").rows
+    assert (first.aucs, first.cost["MiB"], second.cost) == ((0.8, 0.81), 901.0, {})
+    assert make_report(tmp_path / "t.json").code == 0
+    text = page_of(tmp_path / "t_report")
+    for part in ("Oxford-102: images/s", "<td>901</td>"):
+        assert part in text
+
+
 @pytest.mark.parametrize(
     ("change", "part"),
     [
+        ({"rows": [{"name": "UCM", "cells": [CELL, {**EMPTY, "cost": {"MiB": "x"}}]}]}, "cost must be"),
         ({"rows": []}, "no rows"),
         ({"colour": 1}, "unknown key 'colour'"),
         ({"title": None}, "title must be a string"),
