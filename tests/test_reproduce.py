@@ -12,8 +12,11 @@ from toy import USER_DICT, call_script, read_json, refused, snapshot
 
 import reproduce
 from kka import paper
+from kka.command_line import parse_command
+from kka.detectors import build_detector
 from kka.errors import UserError
 from kka.estimates import kind_of_job, median_seconds, total
+from kka.options import ExperimentSettings
 from kka.plan_tables import jobs_of, make_plan
 from kka.plans import Plan, PlanSettings, to_dict
 from kka.stand_ins import MODELS
@@ -37,6 +40,21 @@ def test_table_2_has_every_row_and_set_and_one_loop_for_all_detectors():
     fed = next(job for job in jobs if "simplenet_rep" in str(job.folder) and "flower" in str(job.folder))
     assert f"{fed.after.folder}/round_2/0" in fed.words
     assert fed.after.share == "rep"
+
+
+@pytest.mark.parametrize("anomalies", ["loop", "folder"])
+def test_every_row_of_table_2_has_valid_flags_with_weights_from_a_file(monkeypatch, anomalies):
+    extra = "--backbone_weights squeezenet1_0.pth"
+    _, cells = plan_of("table2", extra, seeds=1, data_sets=("flower",), preset="cpu", anomalies=anomalies)
+    with_weights = set()
+    for job in jobs_of(cells):
+        if job.script == "main.py":
+            monkeypatch.setattr(sys, "argv", [job.script, *job.words])
+            _, settings = parse_command("", ExperimentSettings)
+            build_detector(settings)
+            with_weights |= {job.folder.parent.name} if getattr(settings, "backbone_weights", "") else set()
+    assert len(with_weights) >= 3
+    assert not any("random" in name for name in with_weights)
 
 
 def test_folder_0_makes_one_row_for_both_modes_of_the_paper():
@@ -81,6 +99,13 @@ def test_classes_seeds_and_folders_are_expanded(tmp_path):
     assert "--preset small" in words
     assert f"--data_path {tmp_path}" in " ".join(flower.jobs[0].words)
     assert "--data_path" not in words
+
+
+def test_a_group_of_normal_classes_counts_once_however_it_is_given():
+    given = ("flower:26", "26", "20+21", "21+20")
+    _, cells = plan_of("table2", seeds=2, normal_classes=given, rows=("SSD",), data_sets=("flower",))
+    names = [job.folder.name for job in cells[0].jobs]
+    assert names == ["26_seed0", "26_seed1", "20_21_seed0", "20_21_seed1"]
 
 
 def test_further_flags_go_to_the_runs_that_have_them_and_to_other_folders():
@@ -166,6 +191,18 @@ def test_a_dry_run_makes_nothing_and_estimates_from_earlier_runs(tmp_path, capsy
     assert lines[-1] == "4 runs to make: about 10 s, 1 at once, and 2 without an estimate yet"
     assert "main.py --dataset_name flower --detector ssd --n_anomalies 0" in lines[0]
     assert snapshot(tmp_path) == before
+
+
+def test_a_loop_of_scripts_that_train_no_detector_is_no_estimate(tmp_path):
+    job = write_loop(tmp_path / "loop", [0.5], [0.6])
+    config = read_json(job.folder / "config.json")
+    del config["settings"]["detector"]
+    (job.folder / "config.json").write_text(json.dumps(config))
+    timeless = write_run(tmp_path / "timeless")
+    results = read_json(timeless.folder / "results.json")
+    del results["train_time"]
+    (timeless.folder / "results.json").write_text(json.dumps(results))
+    assert median_seconds(tmp_path) == {}
 
 
 def test_loops_and_studies_are_estimated_too(tmp_path):

@@ -43,7 +43,10 @@ def median_seconds(folder: Path) -> dict[Kind, float]:
         if (path.parent / CONFIG).exists():
             try:
                 run = read_finished(path.parent)
-                times.setdefault(kind_of_run(run), []).append(float(seconds_of(run.results)))
+                if "detector" not in run.settings:
+                    continue  # of a script that trains none
+                seconds = float(seconds_of(run.results))  # first, or a kind without any time would stay
+                times.setdefault(kind_of_run(run), []).append(seconds)
             except (UserError, KeyError, TypeError):
                 continue  # no run, or a damaged one: the table names it
     return {kind: statistics.median(values) for kind, values in times.items()}

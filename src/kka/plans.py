@@ -84,7 +84,9 @@ class Plan:
             if not words:
                 raise UserError(f"{root} holds no classes of MVTec AD; give its folder with --data mvtec=DIR")
         words = words or [OWN_CLASS.get(self.name, OWN_CLASS.get(spec.name, ""))]
-        return [self._class_words(spec, word) for word in words]
+        groups = [self._class_words(spec, word) for word in words]
+        # A group counts once, however often and in whatever order it is given: its runs would be the same.
+        return list({frozenset(group): group for group in reversed(groups)}.values())[::-1]
 
     def _class_words(self, spec: DataSetSpec, word: str) -> list[str]:
         if not word or word.replace("+", "").isdecimal() or spec.name == "mvtec":
@@ -121,7 +123,10 @@ class Plan:
         flags = {"dataset_name": [spec.name], **_stand_ins(script, spec), **to_dict(words)}
         detector = flags.get("detector", [DEFAULT_DETECTOR])[0]
         known = flags_of(script, detector)
-        flags |= self._preset(detector) | {k: v for k, v in self.extra.items() if k in known}
+        own = {k: v for k, v in self.extra.items() if k in known}
+        if flags.get("backbone_init") == ["random"]:  # a row without pre-training takes no weights
+            own.pop("backbone_weights", None)
+        flags |= self._preset(detector) | own
         different: dict[str, Any] = {k: v for k, v in flags.items() if k not in PLACE and k not in GROWING}
         different["after"] = after.folder.parent.name if after else ""
         name, normal = f"{place}_{fingerprint(different)[:6]}", "_".join(classes) or "own"
