@@ -10,6 +10,20 @@ from kka.loop_settings import PREFIXED, LoopSettings
 from kka.options import ExperimentSettings
 from kka.sweep import Job
 
+REMOVED = object()
+
+
+def change(job: Job, name: str, **values: object) -> Job:
+    """Replace values of config.json's settings, or of another file; REMOVED takes one out."""
+    path = job.folder / name
+    content = json.loads(path.read_text())
+    own = content["settings"] if name == "config.json" and not values.keys() <= content.keys() else content
+    own |= values
+    for key in [key for key, value in values.items() if value is REMOVED]:
+        del own[key]
+    path.write_text(json.dumps(content))
+    return job
+
 
 def write_run(folder: Path, auc: object = 0.8, seed: int = 0, **settings: object) -> Job:
     """A finished run of main.py, fabricated."""

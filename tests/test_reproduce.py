@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from fabricated import write_loop, write_run, write_study
+from fabricated import change, write_loop, write_run, write_study
 from toy import USER_DICT, call_script, read_json, refused, snapshot
 
 import reproduce
@@ -256,6 +256,22 @@ def test_a_run_that_fails_is_told_behind_the_table(toy_set, tmp_path):
     refused(outcome, "--lr must be above 0", "2 of 2 runs failed", "the table has what is finished")
     cells = [row["cells"][0]["text"] for row in read_json(tmp_path / "table.json")["rows"]]
     assert cells == ["not run", "not run"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [({"test_auc": float("nan")}, "AUC of nan"), ({"peak_mib": "much"}, "peak_mib is 'much'")],
+)
+def test_a_damaged_run_ends_the_command_with_2_behind_the_table(tmp_path, capsys, changed, said):
+    place = ["--folder", str(tmp_path / "log"), "--out", str(tmp_path / "table")]
+    words = ["table2", "--data_sets", "flower", "--rows", "Deep SAD", "--seeds", "3", *place]
+    good, *bad = jobs_of(make_plan(reproduce.parse(words)[0])[1])
+    write_run(good.folder)
+    for job in bad:
+        change(write_run(job.folder), "results.json", **changed)
+    outcome = call_script(reproduce.main, ["reproduce.py", *words])
+    refused(outcome, "the table has not everything", bad[0].folder, said, "and 1 more")
+    assert read_json(tmp_path / "table.json")["rows"][0]["cells"][0]["text"] == "80.00 (n = 1 of 3)"
 
 
 def test_without_ray_the_message_names_the_extra(monkeypatch):

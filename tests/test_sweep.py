@@ -71,6 +71,18 @@ def test_a_run_waits_for_the_one_it_needs(tmp_path, script):
     assert [job.folder.name for job, _ in run_local([first, second], 2, 1)] == ["first", "second"]
 
 
+@pytest.mark.parametrize("parts", [(), (("test_auc",),)])
+@pytest.mark.parametrize("content", ['{"test_auc": 0.', "[]", ""])
+def test_results_that_cannot_be_read_are_made_again(tmp_path, script, parts, content):
+    job = Job(tmp_path / "run", script, (), parts=parts)
+    job.folder.mkdir()
+    (job.folder / "results.json").write_text(content)
+    assert not is_finished(job)
+    assert [reason for _, reason in run_local([job], 1, 1)] == [""]
+    assert is_finished(job)
+    assert (job.folder / "damaged_results.json").read_text() == content
+
+
 def gone(pid: int) -> bool:
     """Whether a process ends within ten seconds."""
     for _ in range(200):

@@ -6,13 +6,14 @@ import json
 import numpy as np
 import pytest
 import scipy.stats
-from fabricated import write_loop, write_run, write_study
+from fabricated import REMOVED, change, write_loop, write_run, write_study
 from toy import read_json
 
 from kka.differences import _describe_drawer
 from kka.hardness_table import compare
 from kka.metrics import mean_interval
-from kka.tables import Cell, read_results, tabulate, to_latex, to_markdown, write_table
+from kka.runs import read_results
+from kka.tables import Cell, problems_of, tabulate, to_latex, to_markdown, write_table
 
 
 def only_cell(table: dict) -> dict:
@@ -62,6 +63,51 @@ def test_missing_unfinished_and_damaged_runs_are_named(tmp_path):
     assert only_cell(table) == {"text": "not run", "aucs": [], "paper": "", "runs": 0}
     for name, words in zip(names, ("missing", "not finished", "damaged", "not from a run"), strict=True):
         assert any(str(tmp_path / name) in note and words in note for note in table["notes"])
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("write", "name", "values", "said"),
+    [
+        ("run", "config.json", {"detector": REMOVED}, "no detector"),
+        ("run", "config.json", {"detector": "svm"}, "detector is 'svm'"),
+        ("run", "config.json", {"detector": ["ssd"]}, "detector is ['ssd']"),
+        ("run", "config.json", {"dataset_name": REMOVED}, "no dataset_name"),
+        ("run", "config.json", {"dataset_name": "mnist"}, "unknown data set 'mnist'"),
+        ("run", "config.json", {"anomaly_path": REMOVED}, "no anomaly_path"),
+        ("run", "config.json", {"normal_class": 26}, "normal_class is 26"),
+        ("run", "config.json", {"machine": None}, "machine is None"),
+        ("run", "results.json", {"test_time": 0}, "test_time is 0"),
+        ("run", "results.json", {"test_time": None}, "test_time is None"),
+        ("run", "results.json", {"peak_mib": "900"}, "peak_mib is '900'"),
+        ("run", "results.json", {"train_time": NAN}, "train_time is nan"),
+        ("loop", "config.json", {"llm_model": REMOVED}, "no llm_model"),
+        ("loop", "config.json", {"llm_backend": "gpt"}, "llm_backend is 'gpt'"),
+        ("loop", "results.json", {"none": []}, "AUCs of none are []"),
+        ("loop", "results.json", {"none": None}, "AUCs of none are None"),
+        ("loop", "results.json", {"none": 0.5}, "AUCs of none are 0.5"),
+        ("loop", "results.json", {"rounds": [{"test_aucs": []}]}, "AUCs of round 0 are []"),
+        ("loop", "results.json", {"rounds": [{"test_aucs": None}]}, "AUCs of round 0 are None"),
+        ("loop", "results.json", {"rounds": [3]}, "AUCs of round 0 are 3"),
+        ("loop", "results.json", {"rounds": []}, "rounds are []"),
+    ],
+)
+def test_one_damaged_run_is_named_with_what_to_do_and_the_others_are_tabulated(
+    tmp_path, write, name, values, said
+):
+    def make(place):
+        return write_run(place) if write == "run" else write_loop(place, [0.8], [0.8])
+
+    good, bad = make(tmp_path / "good"), change(make(tmp_path / "bad"), name, **values)
+    part = "test_auc" if write == "run" else "none"
+    table = tabulate("T", [Cell("row", "column", (good, bad), part)])
+    assert only_cell(table)["text"] == "80.00 (n = 1 of 2)"
+    (problem,) = problems_of(table)
+    for words in (str(bad.folder), said, "delete that folder"):
+        assert words in problem
+    to_markdown(table)
 
 
 def test_mixed_settings_are_no_cell(tmp_path):

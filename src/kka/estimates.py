@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from kka.errors import UserError
+from kka.finished import Finished, read_finished
 from kka.runs import CONFIG, RESULTS
 from kka.sweep import Job
-from kka.tables import Finished, read_finished
 
 Kind = tuple[str, ...]
 """script, detector, data set, and for main.py whether there are generated anomalies"""
@@ -24,9 +24,8 @@ def kind_of_job(job: Job) -> Kind:
 def kind_of_run(run: Finished) -> Kind:
     """The same of a finished run."""
     s = run.settings
-    script = "iterate.py" if "llm_backend" in s else "hardness.py" if "n_pool" in s else "main.py"
-    some = str(bool(run.results.get("n_generated"))) if script == "main.py" else ""
-    return script, str(s.get("detector")), str(s.get("dataset_name")), some
+    some = str(bool(run.results.get("n_generated"))) if run.script == "main.py" else ""
+    return run.script, str(s.get("detector")), str(s.get("dataset_name")), some
 
 
 def seconds_of(results: dict[str, Any]) -> float:
@@ -43,8 +42,6 @@ def median_seconds(folder: Path) -> dict[Kind, float]:
         if (path.parent / CONFIG).exists():
             try:
                 run = read_finished(path.parent)
-                if "detector" not in run.settings:
-                    continue  # of a script that trains none
                 seconds = float(seconds_of(run.results))  # first, or a kind without any time would stay
                 times.setdefault(kind_of_run(run), []).append(seconds)
             except (UserError, KeyError, TypeError):

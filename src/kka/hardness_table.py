@@ -5,8 +5,9 @@ from typing import Any
 
 from kka.differences import describe_runs, mixed_settings
 from kka.errors import UserError
+from kka.finished import Finished, read_finished
 from kka.metrics import mean_interval
-from kka.tables import Cell, Finished, cell_text, read_finished
+from kka.tables import LEFT_OUT, MIXED, Cell, cell_text
 
 COLUMNS = ("hard, %", "new", "AUC, %", "minus add/rep random", "minus base set")
 
@@ -24,7 +25,7 @@ def compare(title: str, cells: Sequence[Cell]) -> dict[str, Any]:
         name = f"{cell.column}, {cell.row}"
         studies = everyone[name] = _read(cell, problems)
         if different := mixed_settings(studies):
-            problems.append(f"Not averaged: {name}: its runs differ in {different}.")
+            problems.append(f"{MIXED}{name}: its runs differ in {different}.")
             continue
         sizes = sorted({int(n) for study in studies for n in study.results["sets"]})
         for n in sizes:
@@ -49,7 +50,7 @@ def _read(cell: Cell, problems: list[str]) -> list[Finished]:
                 raise UserError(f"{job.folder} is no study of hardness")
             studies.append(study)
         except UserError as error:
-            problems.append(f"Left out: {error}.")
+            problems.append(f"{LEFT_OUT}{error}.")
     return studies
 
 

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kka.files import read_json
-from kka.runs import RESULTS, ROOT
+from kka.errors import UserError
+from kka.runs import RESULTS, ROOT, read_results
 
 POLL = 0.05  # seconds
 GRACE = 10.0  # seconds that a process is given to end
@@ -47,10 +47,22 @@ class Job:
 
 
 def is_finished(job: Job) -> bool:
-    """Whether the run folder has its results."""
-    if not (job.folder / RESULTS).exists():
+    """Whether the run folder has its results, and they can be read."""
+    try:
+        results = read_results(job.folder / RESULTS)
+    except UserError:  # there are none, or a disk has damaged them
         return False
-    return all(_has(read_json(job.folder / RESULTS), keys) for keys in job.parts)
+    return all(_has(results, keys) for keys in job.parts)
+
+
+def set_aside(folder: Path) -> None:
+    """Rename results that cannot be read: the script would take them for the end of its run."""
+    path = folder / RESULTS
+    if path.exists():
+        try:
+            read_results(path)
+        except UserError:
+            path.replace(path.with_name(f"damaged_{RESULTS}"))
 
 
 def _has(value: object, keys: Sequence[str]) -> bool:
@@ -77,6 +89,7 @@ def start(job: Job, threads: int, folder: Path) -> subprocess.Popen[bytes]:
         from kka.loop_folder import share_common  # torch, which nothing else here needs
 
         share_common(job.after.folder, job.folder, job.share)
+    set_aside(job.folder)
     job.log.parent.mkdir(parents=True, exist_ok=True)
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     environment = {**os.environ, **dict.fromkeys(names, str(threads)), "PYTHONPATH": python_path()}
