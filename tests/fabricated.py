@@ -27,7 +27,9 @@ def change(job: Job, name: str, **values: object) -> Job:
 
 def write_run(folder: Path, auc: object = 0.8, seed: int = 0, **settings: object) -> Job:
     """A finished run of main.py, fabricated."""
-    own = {"detector": "deep_sad", **asdict(DETECTORS["deep_sad"][0]()), "n_epochs": 200}
+    name = str(settings.get("detector", "deep_sad"))
+    own = {"n_epochs": 200} if name == "deep_sad" else {}
+    own = {"detector": name, **asdict(DETECTORS[name][0]()), **own}
     chosen = {**asdict(ExperimentSettings()), **own, "seed": seed, **settings}
     config = {"settings": chosen, "git_commit": "abc", "machine": {"gpu": None}}
     results = {
@@ -63,7 +65,7 @@ def write_loop(folder: Path, none: list, *rounds: list) -> Job:
 
 def write_study(folder: Path, seed: int, **aucs: float) -> Job:
     """A finished study of hardness, fabricated."""
-    own = {"detector": "deep_sad", **asdict(DETECTORS["deep_sad"][0]())}
+    own = {"detector": "deep_sad", **asdict(DETECTORS["deep_sad"][0]()), "n_epochs": 200}
     config = {"settings": {**asdict(HardnessSettings()), **own, "seed": seed}, "machine": {}}
     named = {name.replace("_", " "): [auc] for name, auc in aucs.items()}
     sets = {"50": {"hard": 0.25, "aucs": named, "n_new": dict.fromkeys(named, 9)}}

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,14 @@ from toy import USER_DICT, call_script, read_json, refused, snapshot
 
 import reproduce
 from kka import paper
-from kka.command_line import parse_command
-from kka.detectors import build_detector
+from kka.command_line import parse_command, preset_values
+from kka.detectors import DETECTORS, build_detector
 from kka.errors import UserError
 from kka.estimates import kind_of_job, median_seconds, total
 from kka.options import ExperimentSettings
 from kka.plan_tables import jobs_of, make_plan
 from kka.plans import Plan, PlanSettings, to_dict
+from kka.settings import make_settings
 from kka.stand_ins import MODELS
 from kka.tables import Cell
 
@@ -210,6 +212,26 @@ def test_loops_and_studies_are_estimated_too(tmp_path):
     known = median_seconds(tmp_path)
     assert (known[kind_of_job(loop)], known[kind_of_job(study)]) == (5.0, 60.0)
     assert total([loop, study], known, 2) == "2 runs to make: about 32 s, 2 at once"
+
+
+def test_each_base_model_preset_and_size_has_a_time_of_its_own(tmp_path):
+    def plan(**settings):
+        (tmp_path / "mvtec" / "screw" / "train" / "good").mkdir(parents=True, exist_ok=True)
+        data = (f"mvtec={tmp_path / 'mvtec'}",)
+        return jobs_of(plan_of("ahl", seeds=1, known=(1,), rows=rows, data=data, **settings)[1])
+
+    rows = ("AHL(DevNet)", "AHL(DRA)")
+    cheap = plan(preset="cpu")
+    for job, seconds in zip(cheap, (100.0, 300.0), strict=True):
+        own = asdict(make_settings(DETECTORS["ahl"][0], preset_values("ahl", "cpu")))
+        base = {"AHL(DevNet)": ("devnet", 50), "AHL(DRA)": ("dra", 30)}[rows[seconds > 100]]
+        own |= {"detector": "ahl", "base_model": base[0], "base_epochs": base[1], "dataset_name": "mvtec"}
+        change(write_run(tmp_path / "log" / job.folder.parent.name, **own), "results.json", seconds=seconds)
+    known = median_seconds(tmp_path / "log")
+    assert [known[kind_of_job(job)] for job in cheap] == [100.0, 300.0]
+    assert (
+        total(plan(), known, 1) == "2 runs to make, 1 at once: no estimate yet, as none like them is finished"
+    )
 
 
 @pytest.fixture(scope="module")

@@ -203,6 +203,11 @@ def test_what_runs_cost_stands_below_the_table(tmp_path):
     assert "|  | x: training, s | x: images/s | x: MiB |" in text
     assert "| A | 7 | 2 | 901 |" in text
     assert "| B |  |  |  |" in text
+    for job in jobs:
+        change(job, "results.json", seconds=60.0)
+    whole = to_markdown(tabulate("T", [Cell("A", "x", jobs), Cell("B", "x", (loop,), "none")]))
+    assert "|  | x: run, s | x: images/s | x: MiB |" in whole
+    assert "| A | 60 | 2 | 901 |" in whole
     older = read_json(jobs[1].folder / "results.json")
     del older["peak_mib"]
     (jobs[1].folder / "results.json").write_text(json.dumps(older))

@@ -12,7 +12,7 @@ from kka.files import is_number, read_json
 from kka.language_models import DEFAULT_MODEL
 from kka.runs import CONFIG, RESULTS, read_results
 
-COST = ("train_time", "test_time", "n_test", "peak_mib")  # of results.json
+COST = ("test_time", "n_test", "peak_mib")  # of results.json
 AGAIN = "delete that folder to make it again"
 # Settings that the notes of a table are made of, by script.
 NEEDED = {
@@ -90,7 +90,7 @@ def _wrong_data_set(name: Any) -> str:
 
 def wrong_run(results: Mapping[str, Any]) -> str:
     """What of the results of a run is not as it should be; its AUC may be missing or NaN, which is told."""
-    for key in (*COST, "seconds"):
+    for key in (*COST, "train_time", "seconds"):
         value = results.get(key, 1)
         if not is_number(value) or value < 0 or (key == "test_time" and value == 0):
             return f"its {key} is {value!r}"

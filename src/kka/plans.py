@@ -1,6 +1,7 @@
 """Experiments to runs: the flags and the folder of each."""
 
 import dataclasses
+from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -185,14 +186,22 @@ def to_words(flags: Flags) -> list[str]:
     return [word for name, values in flags.items() for word in (f"--{name}", *values)]
 
 
+SCRIPTS: dict[str, type[Any]] = {
+    "main.py": ExperimentSettings, "iterate.py": LoopSettings, "hardness.py": HardnessSettings,
+}  # fmt: skip
+
+
+@lru_cache
+def parser_of(script: str, detector: str) -> ArgumentParser:
+    """The parser of a script with a detector; raises UserError for an unknown detector."""
+    if detector not in DETECTORS:
+        raise UserError(f"unknown detector {detector!r}; known are {', '.join(DETECTORS)}")
+    prefixed = PREFIXED if script == "iterate.py" else {}
+    return build_parser("", SCRIPTS[script], DetectorChoice, DETECTORS[detector][0], **prefixed)
+
+
 @lru_cache
 def flags_of(script: str, detector: str) -> frozenset[str]:
     """Names of all flags of a script with a detector; raises UserError for an unknown detector."""
-    if detector not in DETECTORS:
-        raise UserError(f"unknown detector {detector!r}; known are {', '.join(DETECTORS)}")
-    scripts: dict[str, type] = {
-        "main.py": ExperimentSettings, "iterate.py": LoopSettings, "hardness.py": HardnessSettings,
-    }  # fmt: skip
-    prefixed = PREFIXED if script == "iterate.py" else {}
-    parser = build_parser("", scripts[script], DetectorChoice, DETECTORS[detector][0], **prefixed)
-    return frozenset(name.removeprefix("--") for name in parser._option_string_actions if name != "-h")
+    names = parser_of(script, detector)._option_string_actions
+    return frozenset(name.removeprefix("--") for name in names if name != "-h")

@@ -94,13 +94,18 @@ def _fill(cell: Cell, runs: dict[Path, Finished], problems: list[str]) -> dict[s
 
 
 def cost_of(results: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Mean seconds of training, mean images per second of the test, and the most memory of any run, MiB."""
-    if not results or not all(set(COST) <= each.keys() for each in results):
-        return {}  # runs of a version that did not measure them
-    seconds, times, tested, peaks = ([each[key] for each in results] for key in COST)
+    """Mean seconds of a run, mean images per second of the test, and the most memory of any run, MiB.
+
+    Of runs of a version that measured no whole run the seconds are those of the training alone.
+    """
+    whole = all("seconds" in each for each in results)
+    title, key = ("run, s", "seconds") if whole else ("training, s", "train_time")
+    if not results or not all({key, *COST} <= each.keys() for each in results):
+        return {}
+    seconds, times, tested, peaks = ([each[name] for each in results] for name in (key, *COST))
     speeds = [n / time for n, time in zip(tested, times, strict=True)]
     return {
-        "training, s": sum(seconds) / len(results),
+        title: sum(seconds) / len(results),
         "images/s": sum(speeds) / len(results),
         "MiB": max(peaks),
     }
@@ -136,20 +141,16 @@ def _lines(rows: Sequence[Sequence[str]]) -> str:
 
 def _costs(table: dict[str, Any]) -> list[str]:
     """A table of what the runs cost, where it was measured."""
-    names = ("training, s", "images/s", "MiB")
+    costs = [[cell.get("cost", {}) for cell in row["cells"]] for row in table["rows"]]
+    names = list(dict.fromkeys(name for row in costs for cost in row for name in cost))
+    if not names:
+        return []
     header = ["", *(f"{column}: {name}" for column in table["columns"] for name in names)]
     rows = [
-        [
-            row["name"],
-            *(
-                f"{cell['cost'][name]:.0f}" if cell.get("cost") else ""
-                for cell in row["cells"]
-                for name in names
-            ),
-        ]
-        for row in table["rows"]
+        [row["name"], *(f"{cost[name]:.0f}" if name in cost else "" for cost in own for name in names)]
+        for row, own in zip(table["rows"], costs, strict=True)
     ]
-    return [_lines([header, ["---"] * len(header), *rows])] if any(any(row[1:]) for row in rows) else []
+    return [_lines([header, ["---"] * len(header), *rows])]
 
 
 def _grid(table: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
