@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -217,6 +218,53 @@ def test_what_runs_cost_stands_below_the_table(tmp_path):
 def test_normal_classes_are_named(tmp_path):
     jobs = tuple(write_run(tmp_path / str(k), seed=k, normal_class=[k, 9]) for k in range(2))
     assert "Normal: 0 + 9, 1 + 9." in tabulate("T", [Cell("A", "x", jobs)])["notes"]
+
+
+def study_rows(*jobs):
+    table = compare("T", [Cell("deep_sad", "Oxford-102", jobs)])
+    return {row["name"].removeprefix("Oxford-102, deep_sad, "): row["cells"] for row in table["rows"]}, table
+
+
+def test_a_study_that_has_grown_keeps_its_cells_and_what_others_lack_is_said(tmp_path):
+    first, *others = (
+        write_study(tmp_path / str(k), k, base=0.5 + k / 10, add_random=0.6, add_hard=0.7) for k in range(3)
+    )
+    for job in others:
+        sets = read_json(job.folder / "results.json")["sets"]
+        sets["100"] = {"hard": 0.5, "aucs": {"base": [0.9]}, "n_new": {"base": 0}}
+        del sets["50"]["aucs"]["add random"]
+        change(job, "results.json", sets=sets)
+        change(job, "config.json", n_base=[50, 100], selections=["hard"], modes=["add"])
+    asked = replace(others[0], parts=(("sets", "50", "aucs", "add random"),))
+    rows, table = study_rows(first, asked, others[1])
+    assert rows["50: base"][2]["text"].endswith("(n = 3)")
+    assert rows["50: add random"][2]["text"] == "60.00 (n = 1 of 3)"
+    assert rows["50: add hard"][3]["text"] == "+10.00 (n = 1 of 3)"
+    assert rows["100: base"][2]["text"] == "90.00 ± 0.00 (n = 2 of 3)"
+    assert problems_of(table) == [f"{asked.folder} has no Oxford-102, deep_sad, 50: add random"]
+    assert f"Not in all studies: {first.folder} has no Oxford-102, deep_sad, 100: base." in table["notes"]
+
+
+@pytest.mark.parametrize(
+    ("n", "values", "said"),
+    [
+        ("50", {"aucs": {"base": [None]}}, "AUCs of base are [None]"),
+        ("50", {"aucs": {"base": [NAN]}}, "AUCs of base are [nan]"),
+        ("50", {"aucs": {"base": []}}, "AUCs of base are []"),
+        ("50", {"n_new": {}}, "None new ones"),
+        ("50", {"hard": None}, "share of hard ones"),
+        ("abc", {}, "size abc"),
+    ],
+)
+def test_a_damaged_study_is_named_and_left_out(tmp_path, n, values, said):
+    good, bad = (write_study(tmp_path / str(k), k, base=0.5) for k in range(2))
+    size = read_json(bad.folder / "results.json")["sets"]["50"]
+    change(bad, "results.json", sets={n: {**size, **values}})
+    rows, table = study_rows(good, bad)
+    assert rows["50: base"][2]["text"] == "50.00 (n = 1 of 2)"
+    (problem,) = problems_of(table)
+    for words in (str(bad.folder), said, "delete that folder"):
+        assert words in problem
 
 
 def test_studies_are_compared_in_pairs(tmp_path):
