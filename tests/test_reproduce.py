@@ -20,8 +20,9 @@ from kka.estimates import kind_of_job, median_seconds, total
 from kka.options import ExperimentSettings
 from kka.plan_tables import jobs_of, make_plan
 from kka.plans import Plan, PlanSettings, to_dict
+from kka.runs import ROOT
 from kka.settings import make_settings
-from kka.stand_ins import MODELS
+from kka.stand_ins import GARDEN_LOOP, MODELS
 from kka.tables import Cell
 
 
@@ -122,6 +123,26 @@ def test_further_flags_go_to_the_runs_that_have_them_and_to_other_folders():
             assert job.folder not in before
 
 
+def test_folders_depend_neither_on_the_place_of_the_checkout_nor_on_devices(monkeypatch, tmp_path):
+    def folders(extra=""):
+        _, cells = plan_of("table3", extra, seeds=1, data_sets=("garden",), folder=str(tmp_path))
+        return [job.folder for job in jobs_of(cells)]
+
+    here = folders()
+    assert folders("--llm_device cuda --tune_device cuda --draw_batch 3") == here
+    assert folders("--tune_beta 2") != here
+    moved = {key: tmp_path / "kka" / value.name if isinstance(value, Path) else value
+             for key, value in GARDEN_LOOP.items()}  # fmt: skip
+    monkeypatch.setattr("kka.plans.GARDEN_LOOP", moved)
+    assert folders() != here  # other models, which happen to have the same names
+    monkeypatch.setattr("kka.plans.ROOT", tmp_path)
+    monkeypatch.setattr("kka.plans.GARDEN_LOOP", {
+        key: tmp_path / value.relative_to(ROOT) if isinstance(value, Path) else value
+        for key, value in GARDEN_LOOP.items()
+    })  # fmt: skip
+    assert folders() == here
+
+
 def test_anomalies_of_another_llm_are_another_run():
     folders = [
         {job.folder.parent.name for job in jobs_of(plan_of("table2", extra, seeds=1)[1]) if job.after}
@@ -165,6 +186,15 @@ def test_figure_4_and_ahl_and_hardness_have_their_runs(tmp_path):
         (["table2", "--data_sets", "mnist"], ["mnist"]),
         (["table2", "--normal_classes", "flowers"], ["flowers", "no such class"]),
         (["table2", "--data", "flower"], ["NAME=DIR"]),
+        (["table2", "--data", "flower=/nowhere"], ["--data 'flower=/nowhere'", "no folder"]),
+        (["table2", "--preset", "nope"], ["--preset 'nope'"]),
+        (["table3", "--preset", "cpu"], ["--preset 'cpu'"]),
+        (["table2", "--normal_classes", "ucm_caption:20", "--data_sets", "flower"], ["'ucm_caption:20'"]),
+        (["figure4", "--sizes", "50", "-5"], ["--sizes", "-5"]),
+        (["ahl", "--known", "-3"], ["--known", "-3"]),
+        (["table2", "--rounds", "-1"], ["--rounds", "-1"]),
+        *(([name, "--rows", "SSD"], ["--rows", name]) for name in ("table3", "table4", "figure4")),
+        (["table2", "--", "--vmap_seeds", "2"], ["--vmap_seeds", "decided by the table"]),
         (["table3", "--modes", "replace"], ["--modes", "replace"]),
         (["table3", "--jobs", "0"], ["--jobs"]),
         (["table2", "--", "--n_epoch", "5"], ["--n_epoch behind --"]),

@@ -16,6 +16,7 @@ from kka.datasets.layout import DataSetSpec
 from kka.detectors import DETECTORS
 from kka.errors import UserError
 from kka.hardness_study import HardnessSettings
+from kka.loop_folder import PLACE as LOOP_PLACE
 from kka.loop_settings import PREFIXED, LoopSettings
 from kka.options import PLACE, ExperimentSettings
 from kka.runs import ROOT, fingerprint
@@ -104,7 +105,10 @@ class Plan:
             if not mark:
                 raise UserError(f"--data {word!r} must be NAME=DIR, e.g. flower=data/flower")
             if get_spec(name) is spec:
-                return str(Path(folder).expanduser().resolve())
+                path = Path(folder).expanduser().resolve()
+                if not path.is_dir():
+                    raise UserError(f"--data {word!r}: {path} is no folder; give that of the data set")
+                return str(path)
         return None
 
     def job(
@@ -128,7 +132,7 @@ class Plan:
         if flags.get("backbone_init") == ["random"]:  # a row without pre-training takes no weights
             own.pop("backbone_weights", None)
         flags |= self._preset(detector) | own
-        different: dict[str, Any] = {k: v for k, v in flags.items() if k not in PLACE and k not in GROWING}
+        different: dict[str, Any] = {k: list(map(_portable, v)) for k, v in flags.items() if _decides(k)}
         different["after"] = after.folder.parent.name if after else ""
         name, normal = f"{place}_{fingerprint(different)[:6]}", "_".join(classes) or "own"
         folder = Path(self.settings.folder).expanduser().resolve() / self.name / spec.name / name
@@ -158,6 +162,17 @@ class Plan:
         """Updates of a loop, as iterate.py has them."""
         default = 3 if spec.name == "cifar100" else 2
         return self.settings.rounds if self.settings.rounds is not None else default
+
+
+def _decides(flag: str) -> bool:
+    """Whether runs with another value of this flag are other runs."""
+    return flag not in PLACE | LOOP_PLACE | set(GROWING) and not flag.endswith("_device")
+
+
+def _portable(word: str) -> str:
+    """A path below this checkout as it is seen from there, so that another checkout has the same folders."""
+    path = Path(word)
+    return str(path.relative_to(ROOT)) if path.is_absolute() and path.is_relative_to(ROOT) else word
 
 
 def _stand_ins(script: str, spec: DataSetSpec) -> Flags:

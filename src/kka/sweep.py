@@ -100,12 +100,20 @@ def start(job: Job, threads: int, folder: Path) -> subprocess.Popen[bytes]:
         )  # fmt: skip
 
 
-def failure(job: Job, code: int) -> str:
-    """Why a script that has ended gave no results, in one sentence; empty if it did."""
+def log_end(job: Job) -> int:
+    """Where the log ends now; what an earlier start has written lies before it."""
+    return job.log.stat().st_size if job.log.exists() else 0
+
+
+def failure(job: Job, code: int, since: int = 0) -> str:
+    """Why a script that has ended gave no results, in one sentence; empty if it did.
+
+    Its log is read from `since` on, or the reason could be that of an earlier start.
+    """
     if is_finished(job):
         return ""
     with open(job.log, "rb") as file:
-        file.seek(max(0, job.log.stat().st_size - 10_000))
+        file.seek(max(since, job.log.stat().st_size - 10_000))
         lines = file.read().decode(errors="replace").split("\n")
     told = [line for line in lines if line.startswith("error: ")]
     reason = told[-1].removeprefix("error: ") if told else f"it ended with code {code}; see {job.log}"
@@ -124,7 +132,7 @@ def run_local(jobs: Sequence[Job], n_jobs: int, threads: int) -> Iterator[tuple[
 
     However this ends, the running scripts end with it.
     """
-    waiting, running = list(jobs), dict[Path, tuple[Job, subprocess.Popen[bytes]]]()
+    waiting, running = list(jobs), dict[Path, tuple[Job, subprocess.Popen[bytes], int]]()
     try:
         while waiting or running:
             unfinished = {job.folder for job in waiting} | running.keys()
@@ -134,14 +142,16 @@ def run_local(jobs: Sequence[Job], n_jobs: int, threads: int) -> Iterator[tuple[
                 if reason := blocked(job):
                     yield job, reason
                 else:
-                    running[job.folder] = job, start(job, threads, Path.cwd())
-            ended = [job for job, process in running.values() if process.poll() is not None]
+                    since = log_end(job)
+                    running[job.folder] = job, start(job, threads, Path.cwd()), since
+            ended = [job for job, process, _ in running.values() if process.poll() is not None]
             for job in ended:
-                yield job, failure(job, running.pop(job.folder)[1].returncode)
+                _, process, since = running.pop(job.folder)
+                yield job, failure(job, process.returncode, since)
             if not ended:
                 time.sleep(POLL)
     finally:
-        stop([process for _, process in running.values()])
+        stop([process for _, process, _ in running.values()])
 
 
 def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
