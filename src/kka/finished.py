@@ -147,6 +147,15 @@ def _brief(value: Any) -> str:
 WRONG = {"main.py": wrong_run, "iterate.py": wrong_loop, "hardness.py": wrong_study}
 
 
+def n_anomalies(run: Finished, part: str) -> float | None:
+    """How many generated anomalies the detectors of `part` were trained with; None if nothing says."""
+    if part == "test_auc":
+        value = run.results.get("n_generated")
+    else:
+        value = 0 if part == "none" else run.results["rounds"][int(part)].get("size")
+    return value if is_number(value) else None
+
+
 def value_of(run: Finished, part: str) -> float:
     """The AUC of a run, or of one round of a loop, whose detectors are averaged; in [0, 1].
 

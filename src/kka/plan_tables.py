@@ -213,12 +213,12 @@ def figure4(plan: Plan) -> list[Cell]:
     for n in plan.settings.sizes:
         for spec, jobs in group(plan, ("flower",), lambda e, n=n: _initial(plan, e, n)):
             part = "0" if jobs[0].script == "iterate.py" else "test_auc"
-            cells.append(Cell(f"initial, {n}", spec.title, jobs, part))
+            cells.append(Cell(f"initial, {n}", spec.title, jobs, part, counted=True))
     if plan.settings.anomalies == "loop":
         for mode in plan.settings.modes or ("add",):
             for spec, jobs in group(plan, ("flower",), lambda e, mode=mode: plan.loop(e, mode)):
                 for k in range(plan.n_rounds(spec) + 1):
-                    cells.append(Cell(f"KKA({k}), {mode}", spec.title, jobs, str(k)))
+                    cells.append(Cell(f"KKA({k}), {mode}", spec.title, jobs, str(k), counted=True))
     return cells
 
 

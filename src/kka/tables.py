@@ -10,7 +10,7 @@ from typing import Any
 from kka.differences import describe_runs, mixed_settings
 from kka.errors import UserError
 from kka.files import write_bytes, write_json
-from kka.finished import COST, Finished, read_finished, value_of
+from kka.finished import COST, Finished, n_anomalies, read_finished, value_of
 from kka.metrics import format_interval, mean_interval
 from kka.sweep import Job
 
@@ -28,6 +28,8 @@ class Cell:
     """of a run: test_auc; of a loop: none, or the number of a round"""
     paper: str = ""
     """its figure, for comparison"""
+    counted: bool = False
+    """whether the number of generated anomalies is written too, which Fig. 4 is drawn over"""
 
 
 def tabulate(title: str, cells: Sequence[Cell]) -> dict[str, Any]:
@@ -90,7 +92,15 @@ def _fill(cell: Cell, runs: dict[Path, Finished], problems: list[str]) -> dict[s
         "paper": cell.paper,
         "runs": len(aucs),
         **({"cost": cost} if cost else {}),
+        **_count(cell, used),
     }
+
+
+def _count(cell: Cell, runs: Sequence[Finished]) -> dict[str, float]:
+    """Mean number of generated anomalies, where a table asks for it and each run knows it."""
+    counts = [n_anomalies(run, cell.part) for run in runs if cell.counted]
+    known = [n for n in counts if n is not None]
+    return {"anomalies": sum(known) / len(known)} if known and len(known) == len(counts) else {}
 
 
 def cost_of(results: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -26,6 +26,8 @@ class Cell:
     """folders of its runs, where the table names them"""
     cost: Mapping[str, float] = field(default_factory=dict)
     """what its runs took, by the name of the figure; empty: not measured"""
+    anomalies: float | None = None
+    """mean number of generated anomalies that its runs were trained with, in a table of Fig. 4"""
 
     @property
     def paper_mean(self) -> float | None:
@@ -71,7 +73,7 @@ def read_table(path: Path) -> Table:
 
 
 def _cell(value: Any, where: str) -> Cell:
-    _check_keys(value, ("text", "aucs", "paper", "runs"), where, optional=("cost",))
+    _check_keys(value, ("text", "aucs", "paper", "runs"), where, optional=("cost", "anomalies"))
     aucs = _list(value["aucs"], f"{where}: aucs")
     for auc in aucs:
         if not is_number(auc) or not -1 <= auc <= 1:
@@ -83,7 +85,11 @@ def _cell(value: Any, where: str) -> Cell:
     cost = value.get("cost", {})
     if not isinstance(cost, dict) or not all(is_number(number) for number in cost.values()):
         raise UserError(f"{where}: cost must be an object of numbers, it is {_brief(cost)}")
-    return Cell(_text(value["text"], where), tuple(aucs), paper, _texts(runs, f"{where}: runs"), cost)
+    anomalies = value.get("anomalies")
+    if anomalies is not None and not is_number(anomalies):
+        raise UserError(f"{where}: anomalies must be a number, it is {_brief(anomalies)}")
+    folders = _texts(runs, f"{where}: runs")
+    return Cell(_text(value["text"], where), tuple(aucs), paper, folders, cost, anomalies)
 
 
 def _check_keys(value: Any, keys: tuple[str, ...], where: str, optional: tuple[str, ...] = ()) -> None:
