@@ -1,4 +1,4 @@
-"""src/report.py on real runs, a real loop and tables: what is on the page, and what is refused."""
+"""src/report.py on real runs and a real loop: what is on the page, and what is refused."""
 
 import json
 import re
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_models import tiny_glm
 from toy import call_script, refused, run_toy, snapshot
 
 import iterate
