@@ -28,7 +28,7 @@ from kka.ray_backend import run_on_ray
 from kka.runs import ROOT
 from kka.settings import build_parser, make_settings, option
 from kka.sweep import Job, cores, is_finished, run_local
-from kka.tables import Cell, tabulate, to_markdown, write_table
+from kka.tables import Cell, problems_of, tabulate, to_markdown, write_table
 
 log = logging.getLogger("reproduce")
 
@@ -60,10 +60,13 @@ def main() -> None:
     try:
         failures = run(missing, sweep)
     finally:  # also of what is there when it is interrupted
-        write(plan.name, title, cells, out)
+        problems = write(plan.name, title, cells, out)
     if failures:
         more = f" ({len(failures)} of {len(jobs)} runs failed)" if len(failures) > 1 else ""
         raise UserError(f"{failures[0]}{more}; the table has what is finished")
+    if problems:
+        more = f" (and {len(problems) - 1} more, which its notes name)" if len(problems) > 1 else ""
+        raise UserError(f"the table has not everything: {problems[0]}{more}")
 
 
 def parse(words: list[str]) -> tuple[Plan, SweepSettings]:
@@ -110,12 +113,13 @@ def start(missing: Sequence[Job], s: SweepSettings) -> Iterator[tuple[Job, str]]
     return run_local(missing, s.jobs, s.cpus_per_run or max(1, cores() // s.jobs))
 
 
-def write(name: str, title: str, cells: Sequence[Cell], out: Path) -> None:
-    """Write the table and print it."""
+def write(name: str, title: str, cells: Sequence[Cell], out: Path) -> list[str]:
+    """Write the table and print it; returns what is in no mean of it, and why."""
     table = compare(title, cells) if name == "hardness" else tabulate(title, cells)
     write_table(table, out)
     print(to_markdown(table))
     log.info("%s.md, .csv, .tex and .json", out)
+    return problems_of(table)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,26 @@ from kka.loop_settings import PREFIXED, LoopSettings
 from kka.options import ExperimentSettings
 from kka.sweep import Job
 
+REMOVED = object()
+
+
+def change(job: Job, name: str, **values: object) -> Job:
+    """Replace values of config.json's settings, or of another file; REMOVED takes one out."""
+    path = job.folder / name
+    content = json.loads(path.read_text())
+    own = content["settings"] if name == "config.json" and not values.keys() <= content.keys() else content
+    own |= values
+    for key in [key for key, value in values.items() if value is REMOVED]:
+        del own[key]
+    path.write_text(json.dumps(content))
+    return job
+
 
 def write_run(folder: Path, auc: object = 0.8, seed: int = 0, **settings: object) -> Job:
     """A finished run of main.py, fabricated."""
-    own = {"detector": "deep_sad", **asdict(DETECTORS["deep_sad"][0]()), "n_epochs": 200}
+    name = str(settings.get("detector", "deep_sad"))
+    own = {"n_epochs": 200} if name == "deep_sad" else {}
+    own = {"detector": name, **asdict(DETECTORS[name][0]()), **own}
     chosen = {**asdict(ExperimentSettings()), **own, "seed": seed, **settings}
     config = {"settings": chosen, "git_commit": "abc", "machine": {"gpu": None}}
     results = {
@@ -49,7 +65,7 @@ def write_loop(folder: Path, none: list, *rounds: list) -> Job:
 
 def write_study(folder: Path, seed: int, **aucs: float) -> Job:
     """A finished study of hardness, fabricated."""
-    own = {"detector": "deep_sad", **asdict(DETECTORS["deep_sad"][0]())}
+    own = {"detector": "deep_sad", **asdict(DETECTORS["deep_sad"][0]()), "n_epochs": 200}
     config = {"settings": {**asdict(HardnessSettings()), **own, "seed": seed}, "machine": {}}
     named = {name.replace("_", " "): [auc] for name, auc in aucs.items()}
     sets = {"50": {"hard": 0.25, "aucs": named, "n_new": dict.fromkeys(named, 9)}}

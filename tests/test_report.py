@@ -1,4 +1,4 @@
-"""src/report.py on real runs, a real loop and tables: what is on the page, and what is refused."""
+"""src/report.py on real runs and a real loop: what is on the page, and what is refused."""
 
 import json
 import re
@@ -17,22 +17,11 @@ from kka.datasets import garden
 from kka.errors import UserError
 from kka.metrics import format_interval
 from kka.report.build import short_names
-from kka.report.data import class_aucs
+from kka.report.data import class_aucs, size_series
 from kka.report.sources import FinishedRun, read_loop, read_run
 
 SMALL = {"normal": {"train": 8, "test": 4}, "other": {"train": 1, "test": 1}}
 RUN_FIGURES = {"anomalies", "scores", "convergence", "latent", "classes", "sizes", "hard_shares", "margins"}
-CELL = {
-    "text": "70.00 ± 1.00 (n = 2)",
-    "aucs": [0.69, 0.71],
-    "paper": "72.33 ± 2.06",
-    "runs": ["log/a", "log/b"],
-}
-EMPTY = {"text": "", "aucs": [], "paper": "", "runs": 0}
-TABLE = {
-    "title": "Table III <garden>", "notes": ["stand-ins & no reproduction"], "columns": ["none", "KKA(0)"],
-    "rows": [{"name": "UCM", "cells": [CELL, EMPTY]}],
-}  # fmt: skip
 
 
 def make_report(*words):
@@ -228,39 +217,18 @@ def test_class_aucs_by_hand():
     assert class_aucs(run, ["1", "1", "7", "rust", "8"]) == {"class 7": 0.5, "rust": 1.0, "class 8": 0.0}
 
 
-def test_table_stands_beside_the_paper(tmp_path):
-    path = tmp_path / "table3.json"
-    path.write_text(json.dumps(TABLE))
-    assert make_report(path).code == 0
-    text = page_of(tmp_path / "table3_report")
-    for part in (
-        "Table III &lt;garden&gt;", "stand-ins &amp; no reproduction", "70.00 ± 1.00 (n = 2)",
-        "paper: 72.33 ± 2.06", "log/a, log/b", '<th scope="row">UCM</th>', "1 of 2",
-    ):  # fmt: skip
-        assert part in text
-    assert figures_of(tmp_path / "table3_report") == {"table"}
-    (tmp_path / "table4.json").write_text(json.dumps({**TABLE, "title": "Table IV"}))
-    assert make_report(tmp_path, "--out", tmp_path / "all").code == 0  # a folder of tables
-    assert "Table IV" in page_of(tmp_path / "all" / "table4")
-
-
-@pytest.mark.parametrize(
-    ("change", "part"),
-    [
-        ({"rows": []}, "no rows"),
-        ({"colour": 1}, "unknown key 'colour'"),
-        ({"title": None}, "title must be a string"),
-        ({"columns": ["none"]}, "2 cells for 1 columns"),
-        ({"rows": [{"name": "UCM", "cells": [CELL, {**CELL, "aucs": [70.0]}]}]}, "from 0 to 1"),
-        ({"rows": [{"name": "UCM", "cells": [CELL, {**CELL, "aucs": [float("nan")]}]}]}, "'KKA(0)'"),
-        ({"rows": [{"name": "UCM", "cells": [CELL, {"text": ""}]}]}, "lacks 'aucs'"),
-        ({"rows": [{"name": "UCM", "cells": 3}]}, "row 0"),
-    ],
-)
-def test_malformed_table_is_refused(tmp_path, change, part):
-    (tmp_path / "t.json").write_text(json.dumps({**TABLE, **change}))
-    refused(make_report(tmp_path / "t.json"), part, tmp_path / "t.json")
-    assert not (tmp_path / "t_report").exists()
+def test_loops_of_several_seeds_make_one_point_per_round(loop, tmp_path):
+    other = Path(shutil.copytree(loop, tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text())
+    config["identity"]["seed"] += 1
+    (other / "config.json").write_text(json.dumps(config))
+    both = [read_loop(folder) for folder in (loop, other)]
+    alone, together = (size_series(loops, []) for loops in (both[:1], both))
+    assert [len(points) for points in together.values()] == [len(points) for points in alone.values()]
+    for name, points in together.items():
+        for one, two in zip(alone[name], points, strict=True):
+            assert (one.n, one.label) == (two.n, two.label)
+            assert two.aucs == pytest.approx([sum(one.aucs) / len(one.aucs)] * 2)
 
 
 def remove(name):
@@ -281,7 +249,11 @@ def replace_in(name, old, new):
     [
         (remove("results.json"), "is not finished"),
         (remove("config.json"), "config.json is missing"),
-        (replace_in("results.json", r'"test_auc": [\d.]+', '"test_auc": NaN'), "nan for a number"),
+        (replace_in("results.json", r'"test_auc": [\d.]+', '"test_auc": NaN'), "nan for an AUC"),
+        (replace_in("results.json", r'"test_auc": [\d.]+', '"test_auc": 5.0'), "5.0 for an AUC"),
+        (replace_in("config.json", r'"dataset_name": "ucm_caption"', '"dataset_name": "mnist"'), "'mnist'"),
+        (replace_in("config.json", r'"anomaly_path": null', '"anomaly_path": 5'), "anomaly_path is 5"),
+        (replace_in("config.json", r'"split": "own"', '"n_pool": 9, "split": "own"'), "is a study of"),
         (replace_in("results.json", r'"threshold": [\d.]+', '"threshold": "high"'), "'high'"),
         (replace_in("results.json", r'"test_scores"', '"scores"'), "no test scores"),
         (replace_in("results.json", r"^\{", ""), "not valid JSON"),
@@ -300,6 +272,21 @@ def test_unfinished_loop_is_refused(loop, tmp_path):
     moved = Path(shutil.copytree(loop, tmp_path / "loop"))
     (moved / "results.json").unlink()
     refused(make_report(moved), "is not finished (2 rounds begun)", moved)
+
+
+@pytest.mark.parametrize("value", [5.0, "x", float("nan")])
+def test_a_loop_with_an_auc_that_is_none_is_refused(loop, tmp_path, value):
+    moved = Path(shutil.copytree(loop, tmp_path / "loop", ignore=shutil.ignore_patterns("report")))
+    results = json.loads((moved / "results.json").read_text())
+    results["rounds"][0]["test_aucs"][0] = value
+    (moved / "results.json").write_text(json.dumps(results))
+    refused(make_report(moved), "for an AUC", moved)
+    assert not (moved / "report").exists()
+
+
+def test_a_file_that_is_no_table_is_said_to_be_a_file(tmp_path):
+    (tmp_path / "run.txt").write_text("")
+    refused(make_report(tmp_path / "run.txt"), "run.txt is a file", "loop folder")
 
 
 def test_page_of_somebody_else_is_not_replaced(finished, tmp_path):

@@ -4,19 +4,25 @@ import json
 import re
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from fabricated import write_loop, write_run, write_study
+from fabricated import change, write_loop, write_run, write_study
 from toy import USER_DICT, call_script, read_json, refused, snapshot
 
 import reproduce
 from kka import paper
+from kka.command_line import parse_command, preset_values
+from kka.detectors import DETECTORS, build_detector
 from kka.errors import UserError
 from kka.estimates import kind_of_job, median_seconds, total
+from kka.options import ExperimentSettings
 from kka.plan_tables import jobs_of, make_plan
 from kka.plans import Plan, PlanSettings, to_dict
-from kka.stand_ins import MODELS
+from kka.runs import ROOT
+from kka.settings import make_settings
+from kka.stand_ins import GARDEN_LOOP, MODELS
 from kka.tables import Cell
 
 
@@ -37,6 +43,21 @@ def test_table_2_has_every_row_and_set_and_one_loop_for_all_detectors():
     fed = next(job for job in jobs if "simplenet_rep" in str(job.folder) and "flower" in str(job.folder))
     assert f"{fed.after.folder}/round_2/0" in fed.words
     assert fed.after.share == "rep"
+
+
+@pytest.mark.parametrize("anomalies", ["loop", "folder"])
+def test_every_row_of_table_2_has_valid_flags_with_weights_from_a_file(monkeypatch, anomalies):
+    extra = "--backbone_weights squeezenet1_0.pth"
+    _, cells = plan_of("table2", extra, seeds=1, data_sets=("flower",), preset="cpu", anomalies=anomalies)
+    with_weights = set()
+    for job in jobs_of(cells):
+        if job.script == "main.py":
+            monkeypatch.setattr(sys, "argv", [job.script, *job.words])
+            _, settings = parse_command("", ExperimentSettings)
+            build_detector(settings)
+            with_weights |= {job.folder.parent.name} if getattr(settings, "backbone_weights", "") else set()
+    assert len(with_weights) >= 3
+    assert not any("random" in name for name in with_weights)
 
 
 def test_folder_0_makes_one_row_for_both_modes_of_the_paper():
@@ -83,6 +104,13 @@ def test_classes_seeds_and_folders_are_expanded(tmp_path):
     assert "--data_path" not in words
 
 
+def test_a_group_of_normal_classes_counts_once_however_it_is_given():
+    given = ("flower:26", "26", "20+21", "21+20")
+    _, cells = plan_of("table2", seeds=2, normal_classes=given, rows=("SSD",), data_sets=("flower",))
+    names = [job.folder.name for job in cells[0].jobs]
+    assert names == ["26_seed0", "26_seed1", "20_21_seed0", "20_21_seed1"]
+
+
 def test_further_flags_go_to_the_runs_that_have_them_and_to_other_folders():
     before = {job.folder for job in jobs_of(plan_of("table2", seeds=1)[1])}
     _, cells = plan_of("table2", "--n_epochs 3 --llm_model tiny --lr_milestone 1 2", seeds=1)
@@ -93,6 +121,26 @@ def test_further_flags_go_to_the_runs_that_have_them_and_to_other_folders():
         if "simplenet" in words or job.script == "iterate.py":
             assert "--n_epochs 3" in words
             assert job.folder not in before
+
+
+def test_folders_depend_neither_on_the_place_of_the_checkout_nor_on_devices(monkeypatch, tmp_path):
+    def folders(extra=""):
+        _, cells = plan_of("table3", extra, seeds=1, data_sets=("garden",), folder=str(tmp_path))
+        return [job.folder for job in jobs_of(cells)]
+
+    here = folders()
+    assert folders("--llm_device cuda --tune_device cuda --draw_batch 3") == here
+    assert folders("--tune_beta 2") != here
+    moved = {key: tmp_path / "kka" / value.name if isinstance(value, Path) else value
+             for key, value in GARDEN_LOOP.items()}  # fmt: skip
+    monkeypatch.setattr("kka.plans.GARDEN_LOOP", moved)
+    assert folders() != here  # other models, which happen to have the same names
+    monkeypatch.setattr("kka.plans.ROOT", tmp_path)
+    monkeypatch.setattr("kka.plans.GARDEN_LOOP", {
+        key: tmp_path / value.relative_to(ROOT) if isinstance(value, Path) else value
+        for key, value in GARDEN_LOOP.items()
+    })  # fmt: skip
+    assert folders() == here
 
 
 def test_anomalies_of_another_llm_are_another_run():
@@ -138,6 +186,15 @@ def test_figure_4_and_ahl_and_hardness_have_their_runs(tmp_path):
         (["table2", "--data_sets", "mnist"], ["mnist"]),
         (["table2", "--normal_classes", "flowers"], ["flowers", "no such class"]),
         (["table2", "--data", "flower"], ["NAME=DIR"]),
+        (["table2", "--data", "flower=/nowhere"], ["--data 'flower=/nowhere'", "no folder"]),
+        (["table2", "--preset", "nope"], ["--preset 'nope'"]),
+        (["table3", "--preset", "cpu"], ["--preset 'cpu'"]),
+        (["table2", "--normal_classes", "ucm_caption:20", "--data_sets", "flower"], ["'ucm_caption:20'"]),
+        (["figure4", "--sizes", "50", "-5"], ["--sizes", "-5"]),
+        (["ahl", "--known", "-3"], ["--known", "-3"]),
+        (["table2", "--rounds", "-1"], ["--rounds", "-1"]),
+        *(([name, "--rows", "SSD"], ["--rows", name]) for name in ("table3", "table4", "figure4")),
+        (["table2", "--", "--vmap_seeds", "2"], ["--vmap_seeds", "decided by the table"]),
         (["table3", "--modes", "replace"], ["--modes", "replace"]),
         (["table3", "--jobs", "0"], ["--jobs"]),
         (["table2", "--", "--n_epoch", "5"], ["--n_epoch behind --"]),
@@ -168,11 +225,43 @@ def test_a_dry_run_makes_nothing_and_estimates_from_earlier_runs(tmp_path, capsy
     assert snapshot(tmp_path) == before
 
 
+def test_a_loop_of_scripts_that_train_no_detector_is_no_estimate(tmp_path):
+    job = write_loop(tmp_path / "loop", [0.5], [0.6])
+    config = read_json(job.folder / "config.json")
+    del config["settings"]["detector"]
+    (job.folder / "config.json").write_text(json.dumps(config))
+    timeless = write_run(tmp_path / "timeless")
+    results = read_json(timeless.folder / "results.json")
+    del results["train_time"]
+    (timeless.folder / "results.json").write_text(json.dumps(results))
+    assert median_seconds(tmp_path) == {}
+
+
 def test_loops_and_studies_are_estimated_too(tmp_path):
     loop, study = write_loop(tmp_path / "a", [0.5], [0.6]), write_study(tmp_path / "b", 0, base=0.5)
     known = median_seconds(tmp_path)
     assert (known[kind_of_job(loop)], known[kind_of_job(study)]) == (5.0, 60.0)
     assert total([loop, study], known, 2) == "2 runs to make: about 32 s, 2 at once"
+
+
+def test_each_base_model_preset_and_size_has_a_time_of_its_own(tmp_path):
+    def plan(**settings):
+        (tmp_path / "mvtec" / "screw" / "train" / "good").mkdir(parents=True, exist_ok=True)
+        data = (f"mvtec={tmp_path / 'mvtec'}",)
+        return jobs_of(plan_of("ahl", seeds=1, known=(1,), rows=rows, data=data, **settings)[1])
+
+    rows = ("AHL(DevNet)", "AHL(DRA)")
+    cheap = plan(preset="cpu")
+    for job, seconds in zip(cheap, (100.0, 300.0), strict=True):
+        own = asdict(make_settings(DETECTORS["ahl"][0], preset_values("ahl", "cpu")))
+        base = {"AHL(DevNet)": ("devnet", 50), "AHL(DRA)": ("dra", 30)}[rows[seconds > 100]]
+        own |= {"detector": "ahl", "base_model": base[0], "base_epochs": base[1], "dataset_name": "mvtec"}
+        change(write_run(tmp_path / "log" / job.folder.parent.name, **own), "results.json", seconds=seconds)
+    known = median_seconds(tmp_path / "log")
+    assert [known[kind_of_job(job)] for job in cheap] == [100.0, 300.0]
+    assert (
+        total(plan(), known, 1) == "2 runs to make, 1 at once: no estimate yet, as none like them is finished"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +308,22 @@ def test_a_run_that_fails_is_told_behind_the_table(toy_set, tmp_path):
     refused(outcome, "--lr must be above 0", "2 of 2 runs failed", "the table has what is finished")
     cells = [row["cells"][0]["text"] for row in read_json(tmp_path / "table.json")["rows"]]
     assert cells == ["not run", "not run"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [({"test_auc": float("nan")}, "AUC of nan"), ({"peak_mib": "much"}, "peak_mib is 'much'")],
+)
+def test_a_damaged_run_ends_the_command_with_2_behind_the_table(tmp_path, capsys, changed, said):
+    place = ["--folder", str(tmp_path / "log"), "--out", str(tmp_path / "table")]
+    words = ["table2", "--data_sets", "flower", "--rows", "Deep SAD", "--seeds", "3", *place]
+    good, *bad = jobs_of(make_plan(reproduce.parse(words)[0])[1])
+    write_run(good.folder)
+    for job in bad:
+        change(write_run(job.folder), "results.json", **changed)
+    outcome = call_script(reproduce.main, ["reproduce.py", *words])
+    refused(outcome, "the table has not everything", bad[0].folder, said, "and 1 more")
+    assert read_json(tmp_path / "table.json")["rows"][0]["cells"][0]["text"] == "80.00 (n = 1 of 3)"
 
 
 def test_without_ray_the_message_names_the_extra(monkeypatch):

@@ -19,7 +19,7 @@ from kka.journal import Journal
 
 MAIN = Path(__file__).parent.parent / "src" / "main.py"
 EPOCHS = 6
-TIMES = ("train_time", "test_time", "peak_mib")
+TIMES = ("seconds", "train_time", "test_time", "peak_mib")
 
 
 def start(root, folder):
@@ -181,3 +181,9 @@ def test_time_adds_up_over_interruptions(tmp_path):
     for _ in again.epochs("train", 3, parts()):
         time.sleep(0.02)
     assert again.seconds("train") >= 0.06
+    assert again.elapsed >= again.seconds("train")
+    for _ in again.epochs("other", 1, parts()):
+        time.sleep(0.02)
+    time.sleep(0.02)
+    last = Journal(tmp_path, every=0, began=time.monotonic() - 5)
+    assert 5.08 <= last.elapsed <= 5 + again.elapsed  # of all starts and phases, with what no phase has

@@ -65,10 +65,31 @@ def test_a_failed_run_is_told_and_stops_only_those_that_need_it(tmp_path, script
     assert starts(needs) == []
 
 
+def test_a_reason_is_that_of_this_start_and_not_of_an_earlier_one(tmp_path, script):
+    def reason(*words):
+        job = Job(tmp_path / "run", script, words)
+        return next(iter(run_local([job], 1, 1)))[1]
+
+    assert reason("--fail", "the disk is full").endswith("the disk is full")
+    assert "it ended with code 1" in reason("--wait", "no number")
+
+
 def test_a_run_waits_for_the_one_it_needs(tmp_path, script):
     first = Job(tmp_path / "first", script, ("--wait", "0.5"))
     second = Job(tmp_path / "second", script, (), after=first)
     assert [job.folder.name for job, _ in run_local([first, second], 2, 1)] == ["first", "second"]
+
+
+@pytest.mark.parametrize("parts", [(), (("test_auc",),)])
+@pytest.mark.parametrize("content", ['{"test_auc": 0.', "[]", ""])
+def test_results_that_cannot_be_read_are_made_again(tmp_path, script, parts, content):
+    job = Job(tmp_path / "run", script, (), parts=parts)
+    job.folder.mkdir()
+    (job.folder / "results.json").write_text(content)
+    assert not is_finished(job)
+    assert [reason for _, reason in run_local([job], 1, 1)] == [""]
+    assert is_finished(job)
+    assert (job.folder / "damaged_results.json").read_text() == content
 
 
 def gone(pid: int) -> bool:

@@ -2,17 +2,19 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import scipy.stats
-from fabricated import write_loop, write_run, write_study
+from fabricated import REMOVED, change, write_loop, write_run, write_study
 from toy import read_json
 
 from kka.differences import _describe_drawer
 from kka.hardness_table import compare
 from kka.metrics import mean_interval
-from kka.tables import Cell, read_results, tabulate, to_latex, to_markdown, write_table
+from kka.runs import read_results
+from kka.tables import Cell, problems_of, tabulate, to_latex, to_markdown, write_table
 
 
 def only_cell(table: dict) -> dict:
@@ -62,6 +64,51 @@ def test_missing_unfinished_and_damaged_runs_are_named(tmp_path):
     assert only_cell(table) == {"text": "not run", "aucs": [], "paper": "", "runs": 0}
     for name, words in zip(names, ("missing", "not finished", "damaged", "not from a run"), strict=True):
         assert any(str(tmp_path / name) in note and words in note for note in table["notes"])
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("write", "name", "values", "said"),
+    [
+        ("run", "config.json", {"detector": REMOVED}, "no detector"),
+        ("run", "config.json", {"detector": "svm"}, "detector is 'svm'"),
+        ("run", "config.json", {"detector": ["ssd"]}, "detector is ['ssd']"),
+        ("run", "config.json", {"dataset_name": REMOVED}, "no dataset_name"),
+        ("run", "config.json", {"dataset_name": "mnist"}, "unknown data set 'mnist'"),
+        ("run", "config.json", {"anomaly_path": REMOVED}, "no anomaly_path"),
+        ("run", "config.json", {"normal_class": 26}, "normal_class is 26"),
+        ("run", "config.json", {"machine": None}, "machine is None"),
+        ("run", "results.json", {"test_time": 0}, "test_time is 0"),
+        ("run", "results.json", {"test_time": None}, "test_time is None"),
+        ("run", "results.json", {"peak_mib": "900"}, "peak_mib is '900'"),
+        ("run", "results.json", {"train_time": NAN}, "train_time is nan"),
+        ("loop", "config.json", {"llm_model": REMOVED}, "no llm_model"),
+        ("loop", "config.json", {"llm_backend": "gpt"}, "llm_backend is 'gpt'"),
+        ("loop", "results.json", {"none": []}, "AUCs of none are []"),
+        ("loop", "results.json", {"none": None}, "AUCs of none are None"),
+        ("loop", "results.json", {"none": 0.5}, "AUCs of none are 0.5"),
+        ("loop", "results.json", {"rounds": [{"test_aucs": []}]}, "AUCs of round 0 are []"),
+        ("loop", "results.json", {"rounds": [{"test_aucs": None}]}, "AUCs of round 0 are None"),
+        ("loop", "results.json", {"rounds": [3]}, "AUCs of round 0 are 3"),
+        ("loop", "results.json", {"rounds": []}, "rounds are []"),
+    ],
+)
+def test_one_damaged_run_is_named_with_what_to_do_and_the_others_are_tabulated(
+    tmp_path, write, name, values, said
+):
+    def make(place):
+        return write_run(place) if write == "run" else write_loop(place, [0.8], [0.8])
+
+    good, bad = make(tmp_path / "good"), change(make(tmp_path / "bad"), name, **values)
+    part = "test_auc" if write == "run" else "none"
+    table = tabulate("T", [Cell("row", "column", (good, bad), part)])
+    assert only_cell(table)["text"] == "80.00 (n = 1 of 2)"
+    (problem,) = problems_of(table)
+    for words in (str(bad.folder), said, "delete that folder"):
+        assert words in problem
+    to_markdown(table)
 
 
 def test_mixed_settings_are_no_cell(tmp_path):
@@ -157,6 +204,11 @@ def test_what_runs_cost_stands_below_the_table(tmp_path):
     assert "|  | x: training, s | x: images/s | x: MiB |" in text
     assert "| A | 7 | 2 | 901 |" in text
     assert "| B |  |  |  |" in text
+    for job in jobs:
+        change(job, "results.json", seconds=60.0)
+    whole = to_markdown(tabulate("T", [Cell("A", "x", jobs), Cell("B", "x", (loop,), "none")]))
+    assert "|  | x: run, s | x: images/s | x: MiB |" in whole
+    assert "| A | 60 | 2 | 901 |" in whole
     older = read_json(jobs[1].folder / "results.json")
     del older["peak_mib"]
     (jobs[1].folder / "results.json").write_text(json.dumps(older))
@@ -166,6 +218,53 @@ def test_what_runs_cost_stands_below_the_table(tmp_path):
 def test_normal_classes_are_named(tmp_path):
     jobs = tuple(write_run(tmp_path / str(k), seed=k, normal_class=[k, 9]) for k in range(2))
     assert "Normal: 0 + 9, 1 + 9." in tabulate("T", [Cell("A", "x", jobs)])["notes"]
+
+
+def study_rows(*jobs):
+    table = compare("T", [Cell("deep_sad", "Oxford-102", jobs)])
+    return {row["name"].removeprefix("Oxford-102, deep_sad, "): row["cells"] for row in table["rows"]}, table
+
+
+def test_a_study_that_has_grown_keeps_its_cells_and_what_others_lack_is_said(tmp_path):
+    first, *others = (
+        write_study(tmp_path / str(k), k, base=0.5 + k / 10, add_random=0.6, add_hard=0.7) for k in range(3)
+    )
+    for job in others:
+        sets = read_json(job.folder / "results.json")["sets"]
+        sets["100"] = {"hard": 0.5, "aucs": {"base": [0.9]}, "n_new": {"base": 0}}
+        del sets["50"]["aucs"]["add random"]
+        change(job, "results.json", sets=sets)
+        change(job, "config.json", n_base=[50, 100], selections=["hard"], modes=["add"])
+    asked = replace(others[0], parts=(("sets", "50", "aucs", "add random"),))
+    rows, table = study_rows(first, asked, others[1])
+    assert rows["50: base"][2]["text"].endswith("(n = 3)")
+    assert rows["50: add random"][2]["text"] == "60.00 (n = 1 of 3)"
+    assert rows["50: add hard"][3]["text"] == "+10.00 (n = 1 of 3)"
+    assert rows["100: base"][2]["text"] == "90.00 ± 0.00 (n = 2 of 3)"
+    assert problems_of(table) == [f"{asked.folder} has no Oxford-102, deep_sad, 50: add random"]
+    assert f"Not in all studies: {first.folder} has no Oxford-102, deep_sad, 100: base." in table["notes"]
+
+
+@pytest.mark.parametrize(
+    ("n", "values", "said"),
+    [
+        ("50", {"aucs": {"base": [None]}}, "AUCs of base are [None]"),
+        ("50", {"aucs": {"base": [NAN]}}, "AUCs of base are [nan]"),
+        ("50", {"aucs": {"base": []}}, "AUCs of base are []"),
+        ("50", {"n_new": {}}, "None new ones"),
+        ("50", {"hard": None}, "share of hard ones"),
+        ("abc", {}, "size abc"),
+    ],
+)
+def test_a_damaged_study_is_named_and_left_out(tmp_path, n, values, said):
+    good, bad = (write_study(tmp_path / str(k), k, base=0.5) for k in range(2))
+    size = read_json(bad.folder / "results.json")["sets"]["50"]
+    change(bad, "results.json", sets={n: {**size, **values}})
+    rows, table = study_rows(good, bad)
+    assert rows["50: base"][2]["text"] == "50.00 (n = 1 of 2)"
+    (problem,) = problems_of(table)
+    for words in (str(bad.folder), said, "delete that folder"):
+        assert words in problem
 
 
 def test_studies_are_compared_in_pairs(tmp_path):

@@ -20,7 +20,7 @@ from kka.datasets.layout import ANOMALY_FOLDER, NAME_LIST, DataSetSpec, write_cl
 from kka.errors import run_script
 
 MAIN = Path(main.__file__)
-TIMES = ("train_time", "test_time", "peak_mib")
+TIMES = ("seconds", "train_time", "test_time", "peak_mib")
 DAMAGED = ("truncated", "empty", "html", "noise")
 USER_DICT = {"0": [1, 0], "1": [1, 2, 3]}
 

@@ -37,12 +37,15 @@ IN_WORDS = frozenset({
 })  # fmt: skip
 
 
-def mixed_settings(runs: Sequence[Run]) -> str:
-    """Names and values of settings in which runs of one cell differ, beside seed and class; empty if none."""
+def mixed_settings(runs: Sequence[Run], ignored: Sequence[str] = ()) -> str:
+    """Names and values of settings in which runs of one cell differ; empty if none.
+
+    Seed and class may differ, and what is `ignored`.
+    """
     if len({str(run.settings) for run in runs}) < 2:
         return ""
     found = []
-    keys = sorted({key for run in runs for key in run.settings if _decides(key)})
+    keys = sorted({key for run in runs for key in run.settings if _decides(key)} - set(ignored))
     for key in keys:
         values = list(dict.fromkeys(_shown(run.settings.get(key)) for run in runs))
         if len(values) > 1:

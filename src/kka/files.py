@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable
@@ -75,6 +76,11 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{str(path)[:200]} cannot be read ({error.strerror})") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON ({error})") from None
+
+
+def is_number(value: object) -> bool:
+    """Whether a JSON value is a finite number; NaN, which Python's JSON has, is none."""
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
 
 
 def sha256(path: Path) -> str:

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -245,7 +245,7 @@ class Study:
         judged = self._once(f"{n} judge", lambda: self._ask_judge(n))
         if CROSSFIT not in self.settings.selections:
             return judged
-        halves = [self._once(f"{n} crossfit {k}", lambda k=k: self._crossfit(n, k)) for k in (0, 1)]  # type: ignore[misc]
+        halves = [self._once(f"{n} crossfit {k}", partial(self._crossfit, n, k)) for k in (0, 1)]
         hard = np.concatenate([half["hard"] for half in halves]).astype(int)
         chosen = self._rng(n, CROSSFIT).permutation(hard)[: self.settings.n_chosen]
         return {**judged, "rows": {**judged["rows"], CROSSFIT: chosen.tolist()}}

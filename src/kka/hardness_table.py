@@ -5,9 +5,13 @@ from typing import Any
 
 from kka.differences import describe_runs, mixed_settings
 from kka.errors import UserError
+from kka.finished import Finished, read_finished
 from kka.metrics import mean_interval
-from kka.tables import Cell, Finished, cell_text, read_finished
+from kka.plans import GROWING
+from kka.sweep import Job
+from kka.tables import LEFT_OUT, MIXED, Cell, cell_text
 
+EMPTY: dict[str, Any] = {"aucs": {}}  # a size that a study does not have
 COLUMNS = ("hard, %", "new", "AUC, %", "minus add/rep random", "minus base set")
 
 
@@ -22,14 +26,16 @@ def compare(title: str, cells: Sequence[Cell]) -> dict[str, Any]:
     everyone: dict[str, list[Finished]] = {}
     for cell in cells:
         name = f"{cell.column}, {cell.row}"
-        studies = everyone[name] = _read(cell, problems)
-        if different := mixed_settings(studies):
-            problems.append(f"Not averaged: {name}: its runs differ in {different}.")
+        studies = _read(cell, problems)
+        everyone[name] = [study for _, study in studies]
+        if different := mixed_settings(everyone[name], ignored=GROWING):
+            problems.append(f"{MIXED}{name}: its runs differ in {different}.")
             continue
-        sizes = sorted({int(n) for study in studies for n in study.results["sets"]})
-        for n in sizes:
-            found = [study.results["sets"][str(n)] for study in studies if str(n) in study.results["sets"]]
-            rows += [_row(f"{name}, {n}: {key}", key, found) for key in found[0]["aucs"]]
+        for n, key in _trained(everyone[name]):
+            title_of_row = f"{name}, {n}: {key}"
+            found = [study.results["sets"][n] for _, study in studies if _has(study, n, key)]
+            rows.append(_row(title_of_row, key, found, len(cell.jobs)))
+            problems += _missing(studies, n, key, title_of_row)
     notes = [
         *problems,
         "Differences are points of AUC between trainings of the same base set, pool and seed; intervals are "
@@ -40,28 +46,51 @@ def compare(title: str, cells: Sequence[Cell]) -> dict[str, Any]:
     return {"title": title, "notes": list(dict.fromkeys(notes)), "columns": list(COLUMNS), "rows": rows}
 
 
-def _read(cell: Cell, problems: list[str]) -> list[Finished]:
+def _read(cell: Cell, problems: list[str]) -> list[tuple[Job, Finished]]:
     studies = []
-    for job in cell.jobs:
+    for job in dict.fromkeys(cell.jobs):
         try:
             study = read_finished(job.folder)
-            if not isinstance(study.results.get("sets"), dict):
+            if study.script != "hardness.py":
                 raise UserError(f"{job.folder} is no study of hardness")
-            studies.append(study)
+            studies.append((job, study))
         except UserError as error:
-            problems.append(f"Left out: {error}.")
+            problems.append(f"{LEFT_OUT}{error}.")
     return studies
 
 
-def _row(title: str, key: str, found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One set of one size over all studies that have it."""
-    found = [each for each in found if key in each["aucs"]]
+def _trained(studies: Sequence[Finished]) -> list[tuple[str, str]]:
+    """Size and name of every set of any study, by size."""
+    sizes = {n: None for study in studies for n in study.results["sets"]}
+    return [
+        (n, key)
+        for n in sorted(sizes, key=int)
+        for key in {key: None for study in studies for key in study.results["sets"].get(n, EMPTY)["aucs"]}
+    ]
+
+
+def _has(study: Finished, n: str, key: str) -> bool:
+    return key in study.results["sets"].get(n, EMPTY)["aucs"]
+
+
+def _missing(studies: Sequence[tuple[Job, Finished]], n: str, key: str, title: str) -> list[str]:
+    """Notes on studies that lack a set; what they were not asked for now is no problem, they may grow."""
+    notes = []
+    for job, study in studies:
+        if not _has(study, n, key):
+            asked = ("sets", n, "aucs", key) in job.parts
+            notes.append(f"{LEFT_OUT if asked else 'Not in all studies: '}{job.folder} has no {title}.")
+    return notes
+
+
+def _row(title: str, key: str, found: Sequence[dict[str, Any]], asked: int) -> dict[str, Any]:
+    """One set of one size over all studies that have it, of so many."""
     aucs = [_mean(each["aucs"][key]) for each in found]
     mode = key.partition(" ")[0]
     cells = [
         _mean_cell([100 * each["hard"] for each in found]),
         _mean_cell([each["n_new"][key] for each in found]),
-        _cell(aucs),
+        _cell(aucs, asked),
         *(_difference(key, other, found) for other in (f"{mode} random", "base")),
     ]
     return {"name": title, "cells": cells}
@@ -71,14 +100,15 @@ def _difference(key: str, other: str, found: Sequence[dict[str, Any]]) -> dict[s
     pairs = [(each["aucs"][key], each["aucs"][other]) for each in found if other in each["aucs"]]
     if key in (other, "base") or not pairs:
         return {"text": "", "aucs": [], "paper": "", "runs": 0}
-    return _cell([_mean(a) - _mean(b) for a, b in pairs], sign="+")
+    return _cell([_mean(a) - _mean(b) for a, b in pairs], len(found), sign="+")
 
 
-def _cell(values: Sequence[float], sign: str = "") -> dict[str, Any]:
-    text = cell_text(values, len(values))
-    if sign:  # of a difference, whose number of runs is that of the AUC
+def _cell(values: Sequence[float], asked: int, sign: str = "") -> dict[str, Any]:
+    text = cell_text(values, asked)
+    if sign:  # of a difference, whose number of runs is that of the AUC unless it says another
         mean = 100 * mean_interval(values)[0]
-        text = text.replace(f"{mean:.2f}", f"{mean:+.2f}", 1).partition(" (")[0]
+        text = text.replace(f"{mean:.2f}", f"{mean:+.2f}", 1)
+        text = text.partition(" (")[0] if len(values) == asked else text
     return {"text": text, "aucs": list(values), "paper": "", "runs": len(values)}
 
 

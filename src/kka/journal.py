@@ -48,6 +48,7 @@ class Journal:
         every: seconds between two checkpoints; 0 writes one after each epoch.
         fingerprint: identifies settings and data; a checkpoint of another one is refused.
         tracker: is shown all rows after each new one.
+        began: when this start of the run began, by time.monotonic(); None: now.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Journal:
         every: float = 10,
         fingerprint: str = "",
         tracker: Tracks | None = None,
+        began: float | None = None,
     ) -> None:
         self.folder, self.every, self.fingerprint, self.tracker = folder, every, fingerprint, tracker
         self.rows: list[dict[str, Any]] = []
@@ -66,6 +68,9 @@ class Journal:
         self._finished: list[str] = []
         self._state: dict[str, Any] | None = None
         self._saved_at = time.monotonic()
+        self.began = self._saved_at if began is None else began
+        self.earlier = 0.0
+        """seconds of the whole run in its earlier starts, up to the last checkpoint of each"""
         self._resume()
 
     @property
@@ -105,6 +110,11 @@ class Journal:
         """Training time of a phase over all starts of the run."""
         return self._seconds.get(phase, 0.0)
 
+    @property
+    def elapsed(self) -> float:
+        """Seconds of the whole run over all its starts, with all that is no epoch of a phase."""
+        return self.earlier + time.monotonic() - self.began
+
     def _begin(self, phase: str, parts: Mapping[str, Stateful]) -> int | None:
         """The first epoch to do, after the parts got their state; None for a phase that lies behind."""
         if self._state is not None and self._state["phase"] == phase:
@@ -139,6 +149,7 @@ class Journal:
             "rows": self.rows,
             "facts": self.facts,
             "seconds": self._seconds,
+            "elapsed": self.elapsed,
             "finished": self._finished,
         }
         newest, previous = self._checkpoints()
@@ -164,7 +175,7 @@ class Journal:
             if place == to:
                 break
             path.unlink()
-        self.rows, self.facts, self._seconds, self._finished = [], {}, {}, []
+        self.rows, self.facts, self._seconds, self._finished, self.earlier = [], {}, {}, [], 0.0
         self._resume()
 
     def _resume(self) -> None:
@@ -172,6 +183,7 @@ class Journal:
         if state is not None:
             self.rows, self.facts = state["rows"], state["facts"]
             self._seconds, self._finished = state["seconds"], state["finished"]
+            self.earlier = state.get("elapsed", sum(self._seconds.values()))  # which older versions lack
             log.info("continuing after epoch %d of %s", state["epoch"], state["phase"])
         if self.folder is None:
             return

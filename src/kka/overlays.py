@@ -1,8 +1,9 @@
 """Anomaly maps as arrays and as pictures over their images, all on one scale."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -40,7 +41,11 @@ def array_path(folder: Path, number: int, image: Path) -> Path:
 def write_arrays(folder: Path, first: int, images: Sequence[Path], maps: Tensor) -> None:
     """Write (N, S, S) maps as they are, float32; the first image has the number `first`."""
     for number, (image, values) in enumerate(zip(images, maps.float().numpy(), strict=True), first):
-        write_atomically(array_path(folder, number, image), lambda file, v=values: np.save(file, v))  # type: ignore[misc]
+        write_atomically(array_path(folder, number, image), partial(_save, values))
+
+
+def _save(values: np.ndarray, file: BinaryIO) -> None:
+    np.save(file, values)
 
 
 def write_pictures(folder: Path, images: Sequence[Path], threshold: float) -> tuple[float, float]:
@@ -53,7 +58,7 @@ def write_pictures(folder: Path, images: Sequence[Path], threshold: float) -> tu
     low, high = float(min(end[0] for end in ends)), max(threshold, *(float(end[1]) for end in ends))
     for file, image in zip(tqdm(files, desc="drawing maps", disable=None, leave=False), images, strict=True):
         picture = overlay(read_image(image), np.load(file), low, high)
-        write_atomically(file.with_suffix(".png"), lambda out, p=picture: p.save(out, "png"))  # type: ignore[misc]
+        write_atomically(file.with_suffix(".png"), partial(picture.save, format="png"))
     return low, high
 
 

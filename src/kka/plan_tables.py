@@ -52,11 +52,12 @@ AHL: dict[str, Row] = {
     "AHL(DevNet)": Row("ahl", flags=("--base_model", "devnet", "--base_epochs", "50")),
     "AHL(DRA)": Row("ahl", flags=("--base_model", "dra")),
 }
+WITHOUT_ROWS = ("table3", "table4", "figure4")
 PAPER_SETS = ("cifar100", "flower", "ucm_caption")
 # Flags of the runs that the table decides.
 RESERVED = frozenset({
-    "dataset_name", "data_path", "normal_class", "normal_superclass", "seed", "runs", "xp_path", "name",
-    "overwrite", "load_config", "detector", "mode", "rounds", "n_anomalies", "n_anomaly", "help",
+    "dataset_name", "data_path", "normal_class", "normal_superclass", "seed", "runs", "vmap_seeds", "xp_path",
+    "name", "overwrite", "load_config", "detector", "mode", "rounds", "n_anomalies", "n_anomaly", "help",
 })  # fmt: skip
 
 
@@ -64,16 +65,46 @@ def make_plan(plan: Plan) -> tuple[str, list[Cell]]:
     """Title and cells of a table; raises UserError for an unknown name, or an extra flag that no run has."""
     if plan.name not in PLANS:
         raise UserError(f"unknown table {plan.name!r}; known are {', '.join(PLANS)}")
-    if plan.settings.seeds < 1:
-        raise UserError(f"--seeds must be at least 1, it is {plan.settings.seeds}")
-    wrong = [mode for mode in plan.settings.modes if mode not in MODES]
-    if wrong:
-        raise UserError(f"--modes takes {' and '.join(MODES)}, not {wrong[0]!r}")
+    check_settings(plan)
     title, make = PLANS[plan.name]
     cells = make(plan)
     if not cells:
         raise UserError("--rows and --modes leave no row")
-    used = {word for job in jobs_of(cells) for word in job.words}
+    check_used(plan, jobs_of(cells))
+    return title, cells
+
+
+def check_settings(plan: Plan) -> None:
+    """Raises UserError naming the flag of the first value that makes no sense."""
+    s = plan.settings
+    if s.seeds < 1:
+        raise UserError(f"--seeds must be at least 1, it is {s.seeds}")
+    wrong = [mode for mode in s.modes if mode not in MODES]
+    if wrong:
+        raise UserError(f"--modes takes {' and '.join(MODES)}, not {wrong[0]!r}")
+    if s.rounds is not None and s.rounds < 0:
+        raise UserError(f"--rounds must not be negative, it is {s.rounds}")
+    for name in ("sizes", "known"):
+        if min(getattr(s, name), default=1) < 1:
+            raise UserError(f"--{name} takes numbers of at least 1, not {min(getattr(s, name))}")
+    if s.rows and plan.name in WITHOUT_ROWS:
+        raise UserError(f"--rows is no flag of {plan.name}; choose with --data_sets and --modes")
+    for word in s.data:
+        plan.data_path(get_spec(word.partition("=")[0]))
+
+
+def check_used(plan: Plan, jobs: Sequence[Job]) -> None:
+    """Raises UserError for the first flag that no run of the table has use for."""
+    used = {word for job in jobs for word in job.words}
+    preset = plan.settings.preset
+    if preset is not None and "--preset" not in used:
+        raise UserError(
+            f"--preset {preset!r} is known to none of the table's detectors; see --help of main.py"
+        )
+    for word in plan.settings.normal_classes:
+        name, mark, _ = word.partition(":")
+        if mark and get_spec(name).name not in used:
+            raise UserError(f"--normal_classes {word!r}: {name} is none of the table's data sets")
     for name in plan.extra:
         if name in RESERVED:
             raise UserError(f"--{name} behind -- is decided by the table; its own flags are before --")
@@ -81,7 +112,6 @@ def make_plan(plan: Plan) -> tuple[str, list[Cell]]:
             raise UserError(
                 f"--{name} behind -- is a flag of none of the runs; see --help of the scripts in src/"
             )
-    return title, cells
 
 
 def jobs_of(cells: Sequence[Cell]) -> list[Job]:
@@ -183,12 +213,12 @@ def figure4(plan: Plan) -> list[Cell]:
     for n in plan.settings.sizes:
         for spec, jobs in group(plan, ("flower",), lambda e, n=n: _initial(plan, e, n)):
             part = "0" if jobs[0].script == "iterate.py" else "test_auc"
-            cells.append(Cell(f"initial, {n}", spec.title, jobs, part))
+            cells.append(Cell(f"initial, {n}", spec.title, jobs, part, counted=True))
     if plan.settings.anomalies == "loop":
         for mode in plan.settings.modes or ("add",):
             for spec, jobs in group(plan, ("flower",), lambda e, mode=mode: plan.loop(e, mode)):
                 for k in range(plan.n_rounds(spec) + 1):
-                    cells.append(Cell(f"KKA({k}), {mode}", spec.title, jobs, str(k)))
+                    cells.append(Cell(f"KKA({k}), {mode}", spec.title, jobs, str(k), counted=True))
     return cells
 
 
@@ -218,7 +248,7 @@ def ahl(plan: Plan) -> list[Cell]:
 def hardness(plan: Plan) -> list[Cell]:
     """Studies of which anomalies help; hardness_table.py compares what is in them."""
     cells = []
-    for detector in plan.settings.rows or (DEFAULT_DETECTOR,):
+    for detector in dict.fromkeys(plan.settings.rows or (DEFAULT_DETECTOR,)):
         own = {key: value for key, value in plan.extra.items() if key in flags_of("hardness.py", detector)}
         parser = build_parser("", HardnessSettings)
         given = vars(parser.parse_known_args(to_words(own))[0])

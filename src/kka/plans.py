@@ -1,6 +1,7 @@
 """Experiments to runs: the flags and the folder of each."""
 
 import dataclasses
+from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,6 +16,7 @@ from kka.datasets.layout import DataSetSpec
 from kka.detectors import DETECTORS
 from kka.errors import UserError
 from kka.hardness_study import HardnessSettings
+from kka.loop_folder import PLACE as LOOP_PLACE
 from kka.loop_settings import PREFIXED, LoopSettings
 from kka.options import PLACE, ExperimentSettings
 from kka.runs import ROOT, fingerprint
@@ -84,7 +86,9 @@ class Plan:
             if not words:
                 raise UserError(f"{root} holds no classes of MVTec AD; give its folder with --data mvtec=DIR")
         words = words or [OWN_CLASS.get(self.name, OWN_CLASS.get(spec.name, ""))]
-        return [self._class_words(spec, word) for word in words]
+        groups = [self._class_words(spec, word) for word in words]
+        # A group counts once, however often and in whatever order it is given: its runs would be the same.
+        return list({frozenset(group): group for group in reversed(groups)}.values())[::-1]
 
     def _class_words(self, spec: DataSetSpec, word: str) -> list[str]:
         if not word or word.replace("+", "").isdecimal() or spec.name == "mvtec":
@@ -101,7 +105,10 @@ class Plan:
             if not mark:
                 raise UserError(f"--data {word!r} must be NAME=DIR, e.g. flower=data/flower")
             if get_spec(name) is spec:
-                return str(Path(folder).expanduser().resolve())
+                path = Path(folder).expanduser().resolve()
+                if not path.is_dir():
+                    raise UserError(f"--data {word!r}: {path} is no folder; give that of the data set")
+                return str(path)
         return None
 
     def job(
@@ -121,8 +128,11 @@ class Plan:
         flags = {"dataset_name": [spec.name], **_stand_ins(script, spec), **to_dict(words)}
         detector = flags.get("detector", [DEFAULT_DETECTOR])[0]
         known = flags_of(script, detector)
-        flags |= self._preset(detector) | {k: v for k, v in self.extra.items() if k in known}
-        different: dict[str, Any] = {k: v for k, v in flags.items() if k not in PLACE and k not in GROWING}
+        own = {k: v for k, v in self.extra.items() if k in known}
+        if flags.get("backbone_init") == ["random"]:  # a row without pre-training takes no weights
+            own.pop("backbone_weights", None)
+        flags |= self._preset(detector) | own
+        different: dict[str, Any] = {k: list(map(_portable, v)) for k, v in flags.items() if _decides(k)}
         different["after"] = after.folder.parent.name if after else ""
         name, normal = f"{place}_{fingerprint(different)[:6]}", "_".join(classes) or "own"
         folder = Path(self.settings.folder).expanduser().resolve() / self.name / spec.name / name
@@ -154,6 +164,17 @@ class Plan:
         return self.settings.rounds if self.settings.rounds is not None else default
 
 
+def _decides(flag: str) -> bool:
+    """Whether runs with another value of this flag are other runs."""
+    return flag not in PLACE | LOOP_PLACE | set(GROWING) and not flag.endswith("_device")
+
+
+def _portable(word: str) -> str:
+    """A path below this checkout as it is seen from there, so that another checkout has the same folders."""
+    path = Path(word)
+    return str(path.relative_to(ROOT)) if path.is_absolute() and path.is_relative_to(ROOT) else word
+
+
 def _stand_ins(script: str, spec: DataSetSpec) -> Flags:
     """Flags of a loop in the garden, which has its own LLM and text-to-image model."""
     if script != "iterate.py" or spec.name != garden.SPEC.name:
@@ -180,14 +201,22 @@ def to_words(flags: Flags) -> list[str]:
     return [word for name, values in flags.items() for word in (f"--{name}", *values)]
 
 
+SCRIPTS: dict[str, type[Any]] = {
+    "main.py": ExperimentSettings, "iterate.py": LoopSettings, "hardness.py": HardnessSettings,
+}  # fmt: skip
+
+
+@lru_cache
+def parser_of(script: str, detector: str) -> ArgumentParser:
+    """The parser of a script with a detector; raises UserError for an unknown detector."""
+    if detector not in DETECTORS:
+        raise UserError(f"unknown detector {detector!r}; known are {', '.join(DETECTORS)}")
+    prefixed = PREFIXED if script == "iterate.py" else {}
+    return build_parser("", SCRIPTS[script], DetectorChoice, DETECTORS[detector][0], **prefixed)
+
+
 @lru_cache
 def flags_of(script: str, detector: str) -> frozenset[str]:
     """Names of all flags of a script with a detector; raises UserError for an unknown detector."""
-    if detector not in DETECTORS:
-        raise UserError(f"unknown detector {detector!r}; known are {', '.join(DETECTORS)}")
-    scripts: dict[str, type] = {
-        "main.py": ExperimentSettings, "iterate.py": LoopSettings, "hardness.py": HardnessSettings,
-    }  # fmt: skip
-    prefixed = PREFIXED if script == "iterate.py" else {}
-    parser = build_parser("", scripts[script], DetectorChoice, DETECTORS[detector][0], **prefixed)
-    return frozenset(name.removeprefix("--") for name in parser._option_string_actions if name != "-h")
+    names = parser_of(script, detector)._option_string_actions
+    return frozenset(name.removeprefix("--") for name in names if name != "-h")

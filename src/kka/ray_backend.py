@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from kka.errors import UserError
-from kka.sweep import Job, blocked, failure, is_finished, start, stop
+from kka.sweep import Job, blocked, failure, is_finished, log_end, start, stop
 
 LOCKED = "is in use by"  # what a run says whose folder the process of a lost node still holds
 PATIENCE = 120.0  # seconds until that one must be gone
@@ -56,9 +56,10 @@ def make(job: Job, threads: int, folder: Path, before: str | None = None) -> str
             return ""
         if reason := blocked(job):
             return reason
+        since = log_end(job)
         process = start(job, threads, folder)
         try:
-            reason = failure(job, process.wait())
+            reason = failure(job, process.wait(), since)
         finally:
             stop([process])
         if LOCKED not in reason or time.monotonic() > until:

@@ -118,31 +118,34 @@ class Run:
         write_config(self.folder, self.identity, settings)
         return True
 
-    def train_and_test(self) -> Iterator[Training]:
-        """Yield what has to be trained, each time going on when it is, and at last write every file."""
+    def train_and_test(self, began: float) -> Iterator[Training]:
+        """Yield what has to be trained, each time going on when it is, and at last write every file.
+
+        `began` is when this start of the run did, by time.monotonic().
+        """
         s, detector = self.settings, self._new_detector()
         size, threads = detector.image_size, s.n_jobs_dataloader
         reading = (s.skip_bad_images, threads, s.bgr, s.match_generated)
         data = load_data(self.task, self.digests, size, *reading)
         train, heldout = build_train_set(data, s, s.seed)
         self._announce(data, train)
-        targets, journal = data.task.test.targets, self._journal(self.folder)
+        targets, journal = data.task.test.targets, self._journal(self.folder, began)
         yield Training(
             detector, train, journal, lambda score: auroc(targets, score(data.test.resized).numpy())
         )
-        began = time.monotonic()
+        tested = time.monotonic()
         test_scores = detector.score(data.test.resized)
-        times = {"train_time": journal.seconds("train"), "test_time": time.monotonic() - began}
+        times = {"train_time": journal.seconds("train"), "test_time": time.monotonic() - tested}
         cost = {**times, "n_test": len(targets), "peak_mib": peak_memory()}
         normals = threshold_images(s.threshold_from, data, train, heldout)
         check_scores(self.name, test_scores, detector.score(normals))
-        split = yield from self._split(detector, data, train, normals)
-        results = {**cost, **test_metrics(targets, test_scores), **split.counts()}
+        split = yield from self._split(detector, data, train, normals, journal)
+        results = {"seconds": journal.elapsed, **cost, **test_metrics(targets, test_scores), **split.counts()}
         results |= {"n_skipped": data.n_skipped, "seed": s.seed}
         self._write(detector, journal, split, results, data.native)
 
     def _split(
-        self, detector: Detector, data: Data, train: TrainSet, normals: Tensor
+        self, detector: Detector, data: Data, train: TrainSet, normals: Tensor, journal: Journal
     ) -> Generator[Training, None, Scored]:
         """Eq. (6) over the generated images, by the detector itself or by cross-fit."""
         s = self.settings
@@ -157,6 +160,7 @@ class Run:
         elif n:
             for fold, (rows, training) in enumerate(self._crossfit(data, train)):
                 yield training
+                journal.earlier += training.journal.earlier
                 judge = training.detector
                 log.info("cross-fit %d judges %d generated anomalies", fold, len(rows))
                 scores[rows] = judge.score(data.generated.resized[rows])
@@ -193,10 +197,10 @@ class Run:
             detector.load_state_dict(self.weights)
         return detector
 
-    def _journal(self, folder: Path) -> Journal:
+    def _journal(self, folder: Path, began: float | None = None) -> Journal:
         s = self.settings
         tracker = Tracker(folder, s.report_to, self.identity)
-        return Journal(folder, s.checkpoint_every, fingerprint(self.identity), tracker)
+        return Journal(folder, s.checkpoint_every, fingerprint(self.identity), tracker, began)
 
     def _announce(self, data: Data, train: TrainSet) -> None:
         semi, task = train.semi_targets, data.task
@@ -248,12 +252,13 @@ def execute(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
     Finished runs are read, interrupted ones continued.
     """
+    began = time.monotonic()
     with ExitStack() as locks:
         for run in runs:
             locks.enter_context(locked(run.folder))
         unfinished = [run for run in runs if run.begin()]
         torch.set_flush_denormal(True)  # denormal numbers slow a CPU many times
-        steps = [run.train_and_test() for run in unfinished]
+        steps = [run.train_and_test(began) for run in unfinished]
         while trainings := _next_trainings(unfinished, steps):
             with ExitStack() as logs:
                 for run in unfinished:

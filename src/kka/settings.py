@@ -90,7 +90,8 @@ def check_keys(values: Mapping[str, Any], *settings_classes: type) -> None:
 def make_settings(settings_class: type[S], values: Mapping[str, Any]) -> S:
     """Settings from those values that are fields of the class; raises UserError for wrong types."""
     hints = typing.get_type_hints(settings_class)
-    fields: dict[str, Any] = {field.name: field for field in dataclasses.fields(settings_class)}  # type: ignore[arg-type]
+    own: Any = settings_class  # a dataclass, which the type of a class cannot say
+    fields: dict[str, Any] = {field.name: field for field in dataclasses.fields(own)}
     chosen = {}
     for key in values.keys() & fields.keys():
         chosen[key] = _convert(key, values[key], hints[key])

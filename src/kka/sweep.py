@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kka.files import read_json
-from kka.runs import RESULTS, ROOT
+from kka.errors import UserError
+from kka.runs import RESULTS, ROOT, read_results
 
 POLL = 0.05  # seconds
 GRACE = 10.0  # seconds that a process is given to end
@@ -47,10 +47,22 @@ class Job:
 
 
 def is_finished(job: Job) -> bool:
-    """Whether the run folder has its results."""
-    if not (job.folder / RESULTS).exists():
+    """Whether the run folder has its results, and they can be read."""
+    try:
+        results = read_results(job.folder / RESULTS)
+    except UserError:  # there are none, or a disk has damaged them
         return False
-    return all(_has(read_json(job.folder / RESULTS), keys) for keys in job.parts)
+    return all(_has(results, keys) for keys in job.parts)
+
+
+def set_aside(folder: Path) -> None:
+    """Rename results that cannot be read: the script would take them for the end of its run."""
+    path = folder / RESULTS
+    if path.exists():
+        try:
+            read_results(path)
+        except UserError:
+            path.replace(path.with_name(f"damaged_{RESULTS}"))
 
 
 def _has(value: object, keys: Sequence[str]) -> bool:
@@ -77,6 +89,7 @@ def start(job: Job, threads: int, folder: Path) -> subprocess.Popen[bytes]:
         from kka.loop_folder import share_common  # torch, which nothing else here needs
 
         share_common(job.after.folder, job.folder, job.share)
+    set_aside(job.folder)
     job.log.parent.mkdir(parents=True, exist_ok=True)
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     environment = {**os.environ, **dict.fromkeys(names, str(threads)), "PYTHONPATH": python_path()}
@@ -87,12 +100,20 @@ def start(job: Job, threads: int, folder: Path) -> subprocess.Popen[bytes]:
         )  # fmt: skip
 
 
-def failure(job: Job, code: int) -> str:
-    """Why a script that has ended gave no results, in one sentence; empty if it did."""
+def log_end(job: Job) -> int:
+    """Where the log ends now; what an earlier start has written lies before it."""
+    return job.log.stat().st_size if job.log.exists() else 0
+
+
+def failure(job: Job, code: int, since: int = 0) -> str:
+    """Why a script that has ended gave no results, in one sentence; empty if it did.
+
+    Its log is read from `since` on, or the reason could be that of an earlier start.
+    """
     if is_finished(job):
         return ""
     with open(job.log, "rb") as file:
-        file.seek(max(0, job.log.stat().st_size - 10_000))
+        file.seek(max(since, job.log.stat().st_size - 10_000))
         lines = file.read().decode(errors="replace").split("\n")
     told = [line for line in lines if line.startswith("error: ")]
     reason = told[-1].removeprefix("error: ") if told else f"it ended with code {code}; see {job.log}"
@@ -111,7 +132,7 @@ def run_local(jobs: Sequence[Job], n_jobs: int, threads: int) -> Iterator[tuple[
 
     However this ends, the running scripts end with it.
     """
-    waiting, running = list(jobs), dict[Path, tuple[Job, subprocess.Popen[bytes]]]()
+    waiting, running = list(jobs), dict[Path, tuple[Job, subprocess.Popen[bytes], int]]()
     try:
         while waiting or running:
             unfinished = {job.folder for job in waiting} | running.keys()
@@ -121,14 +142,16 @@ def run_local(jobs: Sequence[Job], n_jobs: int, threads: int) -> Iterator[tuple[
                 if reason := blocked(job):
                     yield job, reason
                 else:
-                    running[job.folder] = job, start(job, threads, Path.cwd())
-            ended = [job for job, process in running.values() if process.poll() is not None]
+                    since = log_end(job)
+                    running[job.folder] = job, start(job, threads, Path.cwd()), since
+            ended = [job for job, process, _ in running.values() if process.poll() is not None]
             for job in ended:
-                yield job, failure(job, running.pop(job.folder)[1].returncode)
+                _, process, since = running.pop(job.folder)
+                yield job, failure(job, process.returncode, since)
             if not ended:
                 time.sleep(POLL)
     finally:
-        stop([process for _, process in running.values()])
+        stop([process for _, process, _ in running.values()])
 
 
 def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -2,8 +2,6 @@
 
 import csv
 import io
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +9,12 @@ from typing import Any
 
 from kka.differences import describe_runs, mixed_settings
 from kka.errors import UserError
-from kka.files import read_json, write_bytes, write_json
+from kka.files import write_bytes, write_json
+from kka.finished import COST, Finished, n_anomalies, read_finished, value_of
 from kka.metrics import format_interval, mean_interval
-from kka.runs import CONFIG, RESULTS
 from kka.sweep import Job
 
-COST = ("train_time", "test_time", "n_test", "peak_mib")  # of results.json
+LEFT_OUT, MIXED = "Left out: ", "Not averaged: "  # how a note on runs that are in no mean begins
 
 
 @dataclass(frozen=True)
@@ -30,61 +28,8 @@ class Cell:
     """of a run: test_auc; of a loop: none, or the number of a round"""
     paper: str = ""
     """its figure, for comparison"""
-
-
-@dataclass(frozen=True)
-class Finished:
-    """What a table needs of a run."""
-
-    settings: dict[str, Any]
-    config: dict[str, Any]
-    results: dict[str, Any]
-
-
-def read_finished(folder: Path) -> Finished:
-    """A finished run or loop; raises UserError if it is missing, damaged or not finished."""
-    if not (folder / RESULTS).exists():
-        raise UserError(f"{folder} is {'not finished' if (folder / CONFIG).exists() else 'missing'}")
-    config, results = read_json(folder / CONFIG), read_results(folder / RESULTS)
-    if not isinstance(config, dict) or not isinstance(config.get("settings"), dict):
-        raise UserError(f"{folder / CONFIG} is not from a run of this program")
-    return Finished(config["settings"], config, results)
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """results.json without the scores of single images, which are nearly all of it and slow to parse."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        begin = text.find('"test_scores": [')
-        end = text.find("]]", begin)
-        if begin >= 0 and end >= 0:
-            text = f'{text[:begin]}"test_scores": null{text[end + 2 :]}'
-        value = json.loads(text)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not from a run of this program")
-    return value
-
-
-def value_of(run: Finished, part: str) -> float:
-    """The AUC of a run, or of one round of a loop, whose detectors are averaged; in [0, 1].
-
-    Raises UserError if there is none, or it is no such number.
-    """
-    try:
-        if part == "test_auc":
-            values = [run.results["test_auc"]]
-        else:
-            values = run.results["none"] if part == "none" else run.results["rounds"][int(part)]["test_aucs"]
-    except (KeyError, IndexError, TypeError):
-        raise UserError(f"has no result of {part}") from None
-    for value in values:
-        if value is None:
-            raise UserError("has no AUC, as its test set has one class only")
-        if not isinstance(value, int | float) or not math.isfinite(value) or not 0 <= value <= 1:
-            raise UserError(f"has an AUC of {value}")
-    return sum(values) / len(values)
+    counted: bool = False
+    """whether the number of generated anomalies is written too, which Fig. 4 is drawn over"""
 
 
 def tabulate(title: str, cells: Sequence[Cell]) -> dict[str, Any]:
@@ -107,13 +52,19 @@ def tabulate(title: str, cells: Sequence[Cell]) -> dict[str, Any]:
     return {"title": title, "notes": list(dict.fromkeys(notes)), "columns": columns, "rows": rows}
 
 
+def problems_of(table: dict[str, Any]) -> list[str]:
+    """Its notes on runs that are in no mean, as ends of sentences."""
+    marks = (LEFT_OUT, MIXED)
+    return [note.removeprefix(LEFT_OUT).rstrip(".") for note in table["notes"] if note.startswith(marks)]
+
+
 def _read_all(cells: Sequence[Cell]) -> tuple[dict[Path, Finished], list[str]]:
     runs, problems = {}, []
     for folder in dict.fromkeys(job.folder for cell in cells for job in cell.jobs):
         try:
             runs[folder] = read_finished(folder)
         except UserError as error:
-            problems.append(f"Left out: {error}.")
+            problems.append(f"{LEFT_OUT}{error}.")
     return runs, problems
 
 
@@ -129,9 +80,9 @@ def _fill(cell: Cell, runs: dict[Path, Finished], problems: list[str]) -> dict[s
                 aucs.append(value_of(runs[job.folder], cell.part))
                 used.append(runs[job.folder])
             except UserError as error:
-                problems.append(f"Left out: {job.folder} {error}.")
+                problems.append(f"{LEFT_OUT}{job.folder} {error}.")
     if different := mixed_settings(used):
-        problems.append(f"Not averaged: {cell.row}, {cell.column}: its runs differ in {different}.")
+        problems.append(f"{MIXED}{cell.row}, {cell.column}: its runs differ in {different}.")
         return {**_empty(), "text": "mixed settings", "paper": cell.paper}
     text = cell_text(aucs, len(cell.jobs))
     cost = cost_of([run.results for run in used]) if cell.part == "test_auc" else {}
@@ -141,17 +92,30 @@ def _fill(cell: Cell, runs: dict[Path, Finished], problems: list[str]) -> dict[s
         "paper": cell.paper,
         "runs": len(aucs),
         **({"cost": cost} if cost else {}),
+        **_count(cell, used),
     }
 
 
+def _count(cell: Cell, runs: Sequence[Finished]) -> dict[str, float]:
+    """Mean number of generated anomalies, where a table asks for it and each run knows it."""
+    counts = [n_anomalies(run, cell.part) for run in runs if cell.counted]
+    known = [n for n in counts if n is not None]
+    return {"anomalies": sum(known) / len(known)} if known and len(known) == len(counts) else {}
+
+
 def cost_of(results: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Mean seconds of training, mean images per second of the test, and the most memory of any run, MiB."""
-    if not results or not all(set(COST) <= each.keys() for each in results):
-        return {}  # runs of a version that did not measure them
-    seconds, times, tested, peaks = ([each[key] for each in results] for key in COST)
+    """Mean seconds of a run, mean images per second of the test, and the most memory of any run, MiB.
+
+    Of runs of a version that measured no whole run the seconds are those of the training alone.
+    """
+    whole = all("seconds" in each for each in results)
+    title, key = ("run, s", "seconds") if whole else ("training, s", "train_time")
+    if not results or not all({key, *COST} <= each.keys() for each in results):
+        return {}
+    seconds, times, tested, peaks = ([each[name] for each in results] for name in (key, *COST))
     speeds = [n / time for n, time in zip(tested, times, strict=True)]
     return {
-        "training, s": sum(seconds) / len(results),
+        title: sum(seconds) / len(results),
         "images/s": sum(speeds) / len(results),
         "MiB": max(peaks),
     }
@@ -187,20 +151,16 @@ def _lines(rows: Sequence[Sequence[str]]) -> str:
 
 def _costs(table: dict[str, Any]) -> list[str]:
     """A table of what the runs cost, where it was measured."""
-    names = ("training, s", "images/s", "MiB")
+    costs = [[cell.get("cost", {}) for cell in row["cells"]] for row in table["rows"]]
+    names = list(dict.fromkeys(name for row in costs for cost in row for name in cost))
+    if not names:
+        return []
     header = ["", *(f"{column}: {name}" for column in table["columns"] for name in names)]
     rows = [
-        [
-            row["name"],
-            *(
-                f"{cell['cost'][name]:.0f}" if cell.get("cost") else ""
-                for cell in row["cells"]
-                for name in names
-            ),
-        ]
-        for row in table["rows"]
+        [row["name"], *(f"{cost[name]:.0f}" if name in cost else "" for cost in own for name in names)]
+        for row, own in zip(table["rows"], costs, strict=True)
     ]
-    return [_lines([header, ["---"] * len(header), *rows])] if any(any(row[1:]) for row in rows) else []
+    return [_lines([header, ["---"] * len(header), *rows])]
 
 
 def _grid(table: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -121,7 +121,7 @@ def _make_report(material: Material, out: Path) -> Path:
         kicker="KKA, a table" if table else "KKA, a report of finished runs",
         facts=_table_facts(table) if table else _facts(material, pictures),
         problems=problems,
-        grids=[_table_grid(table)] if table else _grids(material),
+        grids=_table_grids(table) if table else _grids(material),
         notes=table.notes if table else (),
         figures=figures,
         left_out=left_out,
@@ -218,10 +218,19 @@ def _table_facts(table: Table) -> dict[str, str]:
     }
 
 
-def _table_grid(table: Table) -> Grid:
+def _table_grids(table: Table) -> list[Grid]:
     title = "Measured here; below it, where the paper has one, its figure. AUC in percent."
     rows = [[name, *(_table_cell(cell) for cell in cells)] for name, cells in table.rows]
-    return Grid(title, ["", *table.columns], rows)
+    grids = [Grid(title, ["", *table.columns], rows)]
+    names = dict.fromkeys(name for _, cells in table.rows for cell in cells for name in cell.cost)
+    if names:
+        head = ["", *(f"{column}: {name}" for column in table.columns for name in names)]
+        costs = [
+            [row, *(f"{c.cost[name]:.0f}" if name in c.cost else "" for c in cells for name in names)]
+            for row, cells in table.rows
+        ]
+        grids.append(Grid("What the runs cost: means, and the most memory of any.", head, costs))
+    return grids
 
 
 def _table_cell(cell: Cell) -> Html:

@@ -82,7 +82,9 @@ Drawn = tuple[str, str]
 def draw_all(material: Material, out: Path) -> tuple[list[Figure], list[LeftOut]]:
     """Draw what the material has data for; files of an earlier report that are not drawn now are removed."""
     figures, left_out = [], []
-    chosen = TABLE_FIGURES if material.tables else RUN_FIGURES
+    chosen = RUN_FIGURES
+    if material.tables:
+        chosen = SIZE_FIGURES if data.table_sizes(material.tables[0]) else TABLE_FIGURES
     for stem, (title, shape, draw) in chosen.items():
         try:
             description, summary = draw(material, out / stem)
@@ -106,14 +108,22 @@ def _anomalies(material: Material, path: Path) -> Drawn:
 
 
 def _sizes(material: Material, path: Path) -> Drawn:
-    series = data.size_series(material.loops, material.groups)
+    if material.tables:
+        series = data.table_sizes(material.tables[0])
+    else:
+        series = data.size_series(material.loops, material.groups)
     charts.draw_sizes(path, series)
     points = [
         f"{name}, {point.n} images {point.label}: {format_interval(point.aucs)} %"
         for name, each in series.items()
         for point in each
     ]
-    return "Mean and 95 % t-interval over seeds; a point without an interval is one seed.", "; ".join(points)
+    over = (
+        "runs; a point without an interval is one run"
+        if material.tables
+        else ("seeds; a point without an interval is one seed")
+    )
+    return f"Mean and 95 % t-interval over {over}.", "; ".join(points)
 
 
 def _latent(material: Material, path: Path) -> Drawn:
@@ -239,4 +249,5 @@ RUN_FIGURES: dict[str, tuple[str, str, Draw]] = {
     "hard_shares": ("Share of hard anomalies by round", "", _shares),
     "margins": ("Reward margins of DPO", "", _margins),
 }
+SIZE_FIGURES = {"sizes": RUN_FIGURES["sizes"]}
 TABLE_FIGURES: dict[str, tuple[str, str, Draw]] = {"table": ("The table as points", "wide", _table)}

@@ -20,14 +20,16 @@ from kka.metrics import auroc
 from kka.options import ExperimentSettings
 from kka.picture import split_items
 from kka.report.sources import TUNING, UNTUNED, FinishedRun, Group, LoopRecord
+from kka.report.tables import Table
 from kka.run import load_detector
-from kka.runs import ROOT
+from kka.runs import ROOT, fingerprint
 from kka.settings import make_settings
 from kka.trained import views
 
 COLUMNS = 8  # images in a row of Fig. 3
 MAX_POINTS = 400  # of a kind in a latent space
 PERPLEXITY = 30.0
+INITIAL = "initial anomalies only"
 
 
 class NoDataError(Exception):
@@ -128,17 +130,42 @@ def score_panels(groups: Sequence[Group]) -> list[Scores]:
 
 
 def size_series(loops: Sequence[LoopRecord], groups: Sequence[Group]) -> dict[str, list[Size]]:
-    """Fig. 4: sets that were never updated, and those that the loop has updated, as two series."""
-    series: dict[str, list[Size]] = {"initial anomalies only": [], "updated by KKA": []}
-    everything = [group for loop in loops for group in loop.groups] + list(groups)
-    for group in everything:
-        last = group.runs[0].newest_round if group.n_generated else 0
-        if group.aucs:
-            point = Size(group.n_generated, group.aucs, f"KKA({last})" if last else "")
-            series["updated by KKA" if last else "initial anomalies only"].append(point)
+    """Fig. 4: sets that were never updated, and those that the loop has updated, as two series.
+
+    Loops that differ in the seed only make one point together for each round.
+    """
+    series: dict[str, list[Size]] = {INITIAL: [], "updated by KKA": []}
+    seeds: dict[str, list[LoopRecord]] = defaultdict(list)
+    for loop in loops:
+        same_for_seeds = {k: v for k, v in loop.config["identity"].items() if k != "seed"}
+        seeds[fingerprint([same_for_seeds, len(loop.rounds)])].append(loop)
+    rounds = [each for same in seeds.values() for each in zip(*(loop.groups for loop in same), strict=True)]
+    for own in [*rounds, *((group,) for group in groups)]:
+        last = max(group.runs[0].newest_round if group.n_generated else 0 for group in own)
+        # Of several loops each counts once, with the mean of its evaluators.
+        each = [float(np.mean(group.aucs)) for group in own if group.aucs]
+        if each:
+            n, aucs = np.mean([group.n_generated for group in own]), each if len(own) > 1 else own[0].aucs
+            point = Size(round(float(n)), aucs, f"KKA({last})" if last else "")
+            series["updated by KKA" if last else INITIAL].append(point)
     if len({point.n for points in series.values() for point in points}) < 2:
         raise NoDataError("it needs runs with different numbers of generated anomalies")
     return {name: points for name, points in series.items() if points}
+
+
+def table_sizes(table: Table) -> dict[str, list[Size]]:
+    """Fig. 4 from its table: a series of the initial sets, and one of the rounds of each mode of a loop."""
+    series: dict[str, list[Size]] = defaultdict(list)
+    for k, title in enumerate(table.columns):
+        for name, cells in table.rows:
+            n = cells[k].anomalies
+            if cells[k].aucs and n is not None:
+                label, _, mode = name.partition(", ")
+                own = INITIAL if label == "initial" else f"KKA, {mode}"
+                mark = f"{title}, " if len(table.columns) > 1 else ""
+                point = Size(round(n), cells[k].aucs, "" if label == "initial" else label)
+                series[mark + own].append(point)
+    return dict(series)
 
 
 def curve_series(groups: Sequence[Group]) -> dict[str, list[Curve]]:

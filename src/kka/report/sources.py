@@ -1,6 +1,5 @@
 """What a report is made of: finished runs, folders of seeds, loops. Whatever is broken is named."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +10,8 @@ import numpy as np
 
 from kka.anomalies import Item, live, read_items, read_lines
 from kka.errors import UserError
-from kka.files import read_json
+from kka.files import is_number, read_json
+from kka.finished import is_auc, script_of, wrong_config
 from kka.judge import read_split
 from kka.results import Scored
 from kka.runs import CONFIG, RESULTS, compare
@@ -184,20 +184,23 @@ def _same_for_seeds(run: FinishedRun) -> dict[str, Any]:
 def read_run(folder: Path) -> FinishedRun:
     """One seed; raises UserError if it is missing, not finished, broken, or of another version."""
     config = read_config(folder)
+    if script_of(config["settings"]) == "hardness.py":
+        raise UserError(
+            f"{folder} is a study of hardness.py, which has no page; give the table of reproduce.py hardness"
+        )
+    _check_config(config, folder)
     if not (folder / RESULTS).exists():
         raise UserError(f"the run in {folder} is not finished; the command that started it continues it")
     results = read_json(folder / RESULTS)
     _check_results(results, folder / RESULTS)
-    for key in ("detector", "dataset_name", "anomaly_path"):
-        if key not in config["settings"]:
-            raise UserError(f"{folder / CONFIG} has no setting {key!r}; it is from another version or script")
     return FinishedRun(folder, config, results)
 
 
 def read_config(folder: Path) -> Mapping[str, Any]:
     """config.json of a run or loop; raises UserError if the folder is none."""
     if not folder.is_dir():
-        raise UserError(f"{folder} does not exist; give a run folder, a loop folder or a table's .json")
+        what = "is a file" if folder.exists() else "does not exist"
+        raise UserError(f"{folder} {what}; give a run folder, a loop folder or a table's .json")
     if not (folder / CONFIG).exists():
         raise UserError(
             f"{folder} holds no run ({CONFIG} is missing); give a folder of main.py or iterate.py"
@@ -209,18 +212,30 @@ def read_config(folder: Path) -> Mapping[str, Any]:
     return config
 
 
+def _check_config(config: Mapping[str, Any], folder: Path) -> None:
+    if wrong := wrong_config(config):
+        raise UserError(f"{folder / CONFIG} is damaged or from another version ({wrong}); make the run again")
+
+
 def _check_results(results: Any, path: Path) -> None:
     scores = results.get("test_scores") if isinstance(results, dict) else None
     if not isinstance(scores, list) or not scores or "test_auc" not in results:
         raise UserError(f"{path} holds no test scores; make the run again")
     numbers = [results.get(key) for key in NUMBERS]
-    numbers += [results["test_auc"] or 0.0]
     numbers += [
         value for row in scores for value in (row if isinstance(row, list) and len(row) == 3 else [None])
     ]
     for value in numbers:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if not is_number(value):
             raise UserError(f"{path} is broken: it holds {value!r} for a number; make the run again")
+    _check_aucs([results["test_auc"]], path)
+
+
+def _check_aucs(values: Any, path: Path) -> None:
+    """Each is a number from 0 to 1, or None where a test set has one class only."""
+    for value in values if isinstance(values, list) else [values]:
+        if value is not None and not is_auc(value):
+            raise UserError(f"{path} is broken: it holds {value!r} for an AUC; make the run again")
 
 
 def read_loop(folder: Path) -> LoopRecord:
@@ -237,6 +252,9 @@ def read_loop(folder: Path) -> LoopRecord:
     good = isinstance(rows, list) and rows and all(isinstance(r, dict) and r.keys() >= set(ROW) for r in rows)
     if not good or not isinstance(results.get("none"), list):
         raise UserError(f"{folder / RESULTS} is not the table of a loop; run the loop's command again")
+    _check_config(config, folder)
+    for aucs in (results["none"], *(row["test_aucs"] for row in results["rounds"])):
+        _check_aucs(aucs, folder / RESULTS)
     loop = LoopRecord(folder.name, folder, config, results)
     _ = loop.groups  # what is broken shows here
     return loop

@@ -1,13 +1,13 @@
 """Tables of src/reproduce.py, read from their JSON."""
 
-import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kka.errors import UserError
-from kka.files import read_json
+from kka.files import is_number, read_json
 
 SHAPE = '{"title", "notes": [...], "columns": [...], "rows": [{"name", "cells": [...]}]}'
 
@@ -24,6 +24,10 @@ class Cell:
     """the paper's figure, in percent"""
     runs: tuple[str, ...] = ()
     """folders of its runs, where the table names them"""
+    cost: Mapping[str, float] = field(default_factory=dict)
+    """what its runs took, by the name of the figure; empty: not measured"""
+    anomalies: float | None = None
+    """mean number of generated anomalies that its runs were trained with, in a table of Fig. 4"""
 
     @property
     def paper_mean(self) -> float | None:
@@ -69,23 +73,29 @@ def read_table(path: Path) -> Table:
 
 
 def _cell(value: Any, where: str) -> Cell:
-    _check_keys(value, ("text", "aucs", "paper", "runs"), where)
+    _check_keys(value, ("text", "aucs", "paper", "runs"), where, optional=("cost", "anomalies"))
     aucs = _list(value["aucs"], f"{where}: aucs")
     for auc in aucs:
-        number = isinstance(auc, int | float) and not isinstance(auc, bool)
-        if not number or not math.isfinite(auc) or not -1 <= auc <= 1:
+        if not is_number(auc) or not -1 <= auc <= 1:
             raise UserError(f"{where}: aucs must be numbers from 0 to 1, one is {auc!r}")
     runs = value["runs"]
     if type(runs) is int:  # their number
         runs = []
     paper = _text(value["paper"] or "", f"{where}: paper")
-    return Cell(_text(value["text"], where), tuple(aucs), paper, _texts(runs, f"{where}: runs"))
+    cost = value.get("cost", {})
+    if not isinstance(cost, dict) or not all(is_number(number) for number in cost.values()):
+        raise UserError(f"{where}: cost must be an object of numbers, it is {_brief(cost)}")
+    anomalies = value.get("anomalies")
+    if anomalies is not None and not is_number(anomalies):
+        raise UserError(f"{where}: anomalies must be a number, it is {_brief(anomalies)}")
+    folders = _texts(runs, f"{where}: runs")
+    return Cell(_text(value["text"], where), tuple(aucs), paper, folders, cost, anomalies)
 
 
-def _check_keys(value: Any, keys: tuple[str, ...], where: str) -> None:
+def _check_keys(value: Any, keys: tuple[str, ...], where: str, optional: tuple[str, ...] = ()) -> None:
     if not isinstance(value, dict):
         raise UserError(f"{where} must be an object, it is {_brief(value)}; a table is {SHAPE}")
-    wrong = sorted(set(keys) ^ value.keys())
+    wrong = sorted(set(keys) ^ (value.keys() - set(optional)))
     if wrong:
         what = "lacks" if wrong[0] in keys else "has the unknown key"
         raise UserError(f"{where} {what} {wrong[0]!r}; a table is {SHAPE}")
