@@ -170,6 +170,10 @@ def test_figure_4_and_ahl_and_hardness_have_their_runs(tmp_path):
     _, cells = plan_of("ahl", seeds=1, data=(f"mvtec={tmp_path}",))
     assert [cell.paper for cell in cells][:2] == ["94.8", "83.2"]
     assert [job.folder.name for job in cells[0].jobs] == ["cable_seed0", "screw_seed0"]
+    _, hard = plan_of("ahl", seeds=2, data=(f"mvtec={tmp_path}",), known=(1,), known_kinds=("cut", "hole"))
+    assert {(cell.column, cell.paper) for cell in hard} == {("MVTec AD, hard, 1 known", "")}
+    kinds = [job.words[job.words.index("--know_class") + 1] for job in hard[0].jobs]
+    assert kinds == ["cut"] * 4 + ["hole"] * 4  # of two classes and two seeds
     _, cells = plan_of("hardness", "--n_base 10 --selections hard", seeds=1, rows=("deep_sad", "ssd"))
     assert ("sets", "10", "aucs", "rep hard") in cells[1].jobs[0].parts
     more = plan_of("hardness", "--n_base 10 20 --selections hard easy", seeds=1)[1]

@@ -111,6 +111,12 @@ def test_one_damaged_run_is_named_with_what_to_do_and_the_others_are_tabulated(
     to_markdown(table)
 
 
+def test_the_deviation_stands_beside_the_interval_where_it_is_asked_for(tmp_path):
+    jobs = tuple(write_run(tmp_path / str(k), auc, seed=k) for k, auc in enumerate((0.7, 0.8)))
+    shown = [only_cell(tabulate("T", [Cell("r", "c", jobs[:n], deviates=True)]))["text"] for n in (2, 1)]
+    assert shown == ["75.00 ± 63.53 (n = 2), std 7.07", "70.00 (n = 1)"]
+
+
 def test_mixed_settings_are_no_cell(tmp_path):
     same = (write_run(tmp_path / "a"), write_run(tmp_path / "b", seed=1, num_threads=4, normal_class=[3]))
     assert only_cell(tabulate("T", [Cell("row", "column", same)]))["runs"] == 2

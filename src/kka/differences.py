@@ -26,7 +26,7 @@ class Run(Protocol):
 
 
 # What a table varies, or says in its titles; and what changes no number.
-VARIED = frozenset({"seed", "normal_class", "normal_superclass", "dataset_name"})
+VARIED = frozenset({"seed", "normal_class", "normal_superclass", "dataset_name", "know_class"})
 ASKED = frozenset({
     "detector", "mode", "rounds", "n_anomalies", "n_anomaly", "base_model", "selections", "modes", "n_base",
 })  # fmt: skip

@@ -19,7 +19,7 @@ from kka.detectors.contract import DetectorSettings
 from kka.detectors.deep_sad_together import check_together
 from kka.errors import UserError
 from kka.files import write_json
-from kka.metrics import format_interval, mean_interval
+from kka.metrics import deviation, format_interval, mean_interval
 from kka.options import ExperimentSettings, check_options
 from kka.results import load_weights
 from kka.run import Run, execute
@@ -152,13 +152,14 @@ def find_device(name: str, strict: bool) -> torch.device:
 
 
 def summarize(folder: Path, results: list[dict[str, Any]]) -> None:
-    """Write summary.json with every seed's AUC, their mean and its 95 % t-interval, and log it."""
+    """Write summary.json with every seed's AUC, mean, 95 % t-interval and standard deviation, and log it."""
     summary: dict[str, Any] = {"seeds": [result["seed"] for result in results]}
     for key in ("test_auc", "test_aupr"):
         values = [result[key] for result in results]
         summary[key] = values
         if None not in values:
             summary[f"{key}_mean"], summary[f"{key}_interval95"] = mean_interval(values)
+            summary[f"{key}_std"] = deviation(values)
     write_json(folder / "summary.json", summary, indent=2)
     if "test_auc_mean" in summary:
         log.info("test AUC over %d seeds: %s %%", len(results), format_interval(summary["test_auc"]))

@@ -37,6 +37,11 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
     return mean, float(scipy.stats.t.ppf((1 + confidence) / 2, len(values) - 1)) * spread
 
 
+def deviation(values: Sequence[float]) -> float | None:
+    """Standard deviation of a sample; None for one value."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
 def format_interval(values: Sequence[float], scale: float = 100) -> str:
     """ "mean ± half width (n)" in percent, or the mean alone for one value."""
     mean, half = mean_interval(values)

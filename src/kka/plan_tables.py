@@ -232,16 +232,23 @@ def _initial(plan: Plan, experiment: Experiment, n: int) -> Job:
 
 
 def ahl(plan: Plan) -> list[Cell]:
-    """DevNet, DRA and AHL with few known anomalies."""
-    cells = []
+    """DevNet, DRA and AHL with few known anomalies, of all kinds or (hard) of one at a time."""
+    cells, hard = [], plan.settings.known_kinds
     for name, row in chosen_rows(AHL, plan).items():
         for n in plan.settings.known:
-            words = ("--detector", row.detector, *row.flags, "--n_anomaly", str(n), "--n_anomalies", "0")
-            place = f"{name.replace('(', '_').replace(')', '').lower()}_known{n}"
-            for spec, jobs in group(
-                plan, ("mvtec",), lambda e, p=place, w=words: plan.job("main.py", p, e, *w)
-            ):
-                cells.append(Cell(name, f"{spec.title}, {n} known", jobs, paper=paper.AHL[name].get(n, "")))
+            jobs: dict[str, tuple[Job, ...]] = {}
+            for kind in hard or (None,):
+                words = ("--detector", row.detector, *row.flags, "--n_anomaly", str(n), "--n_anomalies", "0")
+                words += ("--know_class", kind) if kind else ()
+                place = f"{name.replace('(', '_').replace(')', '').lower()}_known{n}{f'_{kind}' * bool(kind)}"
+                for spec, own in group(
+                    plan, ("mvtec",), lambda e, p=place, w=words: plan.job("main.py", p, e, *w)
+                ):
+                    jobs[spec.title] = jobs.get(spec.title, ()) + own
+            figure = "" if hard else paper.AHL[name].get(n, "")
+            for title, own in jobs.items():
+                column = f"{title}, {'hard, ' * bool(hard)}{n} known"
+                cells.append(Cell(name, column, own, paper=figure, deviates=True))
     return cells
 
 

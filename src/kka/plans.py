@@ -47,6 +47,11 @@ class PlanSettings:
     rounds: int | None = option(None, "updates of each loop; None: the paper's")
     sizes: tuple[int, ...] = option((50, 100, 200, 400, 800), "numbers of initial anomalies in figure4")
     known: tuple[int, ...] = option((10, 1), "numbers of known anomalies in ahl")
+    known_kinds: tuple[str, ...] = option(
+        (),
+        "ahl: the hard setting, means over these kinds, each known alone and left out of its test; none: the "
+        "general setting",
+    )
     anomalies: str = option(
         "loop",
         "table2 and figure4: anomalies that Algorithm 1 generates, or folder 0 of the data set as it is",

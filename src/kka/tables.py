@@ -11,7 +11,7 @@ from kka.differences import describe_runs, mixed_settings
 from kka.errors import UserError
 from kka.files import write_bytes, write_json
 from kka.finished import COST, Finished, n_anomalies, read_finished, value_of
-from kka.metrics import format_interval, mean_interval
+from kka.metrics import deviation, format_interval, mean_interval
 from kka.sweep import Job
 
 LEFT_OUT, MIXED = "Left out: ", "Not averaged: "  # how a note on runs that are in no mean begins
@@ -30,6 +30,8 @@ class Cell:
     """its figure, for comparison"""
     counted: bool = False
     """whether the number of generated anomalies is written too, which Fig. 4 is drawn over"""
+    deviates: bool = False
+    """whether the standard deviation stands beside the interval"""
 
 
 def tabulate(title: str, cells: Sequence[Cell]) -> dict[str, Any]:
@@ -85,6 +87,8 @@ def _fill(cell: Cell, runs: dict[Path, Finished], problems: list[str]) -> dict[s
         problems.append(f"{MIXED}{cell.row}, {cell.column}: its runs differ in {different}.")
         return {**_empty(), "text": "mixed settings", "paper": cell.paper}
     text = cell_text(aucs, len(cell.jobs))
+    spread = deviation(aucs) if cell.deviates and aucs else None
+    text += "" if spread is None else f", std {100 * spread:.2f}"
     cost = cost_of([run.results for run in used]) if cell.part == "test_auc" else {}
     return {
         "text": text,
@@ -176,16 +180,17 @@ def _grid(table: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def to_csv(table: dict[str, Any]) -> str:
-    """One line per cell: row, column, mean, half width, runs, the paper's figure, single values."""
+    """One line per cell: row, column, mean, half width, deviation, runs, paper's figure, single values."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["row", "column", "mean", "interval95", "runs", "paper", "values"])
+    writer.writerow(["row", "column", "mean", "interval95", "std", "runs", "paper", "values"])
     for row in table["rows"]:
         for column, cell in zip(table["columns"], row["cells"], strict=True):
-            mean, half = mean_interval(cell["aucs"]) if cell["aucs"] else ("", None)
-            values = " ".join(map(str, cell["aucs"]))
-            shown = "" if half is None else half
-            writer.writerow([row["name"], column, mean, shown, cell["runs"], cell["paper"], values])
+            aucs = cell["aucs"]
+            figures = (*mean_interval(aucs), deviation(aucs)) if aucs else (None,) * 3
+            shown = ["" if figure is None else figure for figure in figures]
+            values = " ".join(map(str, aucs))
+            writer.writerow([row["name"], column, *shown, cell["runs"], cell["paper"], values])
     return text.getvalue()
 
 
