@@ -18,7 +18,7 @@ from tqdm import tqdm
 from kka.datasets.images import read_like, test_view
 from kka.datasets.layout import IMAGE_SUFFIXES
 from kka.errors import UserError
-from kka.files import write_bytes, write_json
+from kka.files import check_writable, user_path, write_bytes, write_json
 from kka.settings import option
 from kka.trained import Trained
 
@@ -87,15 +87,10 @@ def check_settings(settings: PredictSettings) -> None:
         value = getattr(s, name)
         if value is not None and not value.lower().endswith(endings):
             raise UserError(f"--{name} must end in {' or '.join(endings)}, it is {value!r}")
-        if value is not None and Path(value).expanduser().is_dir():
-            raise UserError(f"--{name} {value} is a folder; name a file")
-        if value is not None and Path(value).expanduser().exists() and not s.overwrite:
-            raise UserError(f"--{name} {value} exists; choose another name or give --overwrite")
-    maps = Path(s.maps).expanduser() if s.maps is not None else None
-    if maps is not None and maps.exists() and not maps.is_dir():
-        raise UserError(f"--maps {s.maps} is a file; name a folder")
-    if maps is not None and maps.exists() and any(maps.iterdir()) and not s.overwrite:
-        raise UserError(f"--maps {s.maps} holds files; choose another folder or give --overwrite")
+        if value is not None:
+            check_writable(user_path(value), f"--{name}")
+            if user_path(value).exists() and not s.overwrite:
+                raise UserError(f"--{name} {value} exists; choose another name or give --overwrite")
 
 
 def find_images(words: Sequence[str]) -> list[Path]:
@@ -105,7 +100,7 @@ def find_images(words: Sequence[str]) -> list[Path]:
     """
     paths: dict[Path, None] = {}
     for word in words:
-        place = Path(word).expanduser()
+        place = user_path(word)
         matches = [place] if os.path.lexists(place) else map(Path, glob.glob(str(place), recursive=True))
         found = [path for match in sorted(matches) for path in _images_at(match)]
         if not found:
