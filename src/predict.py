@@ -25,7 +25,7 @@ from kka.predict import (
     Skipped,
     check_settings,
     find_images,
-    printable,
+    one_line,
     score_files,
     to_table,
     write_predictions,
@@ -73,7 +73,7 @@ def predict(trained: Trained, paths: list[Path], settings: PredictSettings, maps
         predictions += scored
         skipped += bad
     for path, reason in skipped:
-        print(f"skipped {printable(path)}: {reason}", file=sys.stderr)
+        print(f"skipped {one_line(path)}: {reason}", file=sys.stderr)
     if not predictions:
         raise UserError(f"not one of the {len(paths)} images can be read; give others")
     if settings.out:

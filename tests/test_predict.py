@@ -111,6 +111,8 @@ def test_bad_images_are_named_and_skipped(toy_set, finished, tmp_path):
     folder, out = tmp_path / "mixed", tmp_path / "scores.json"
     folder.mkdir()
     bad = [write_damaged(folder / f"{kind}.jpg", kind) for kind in DAMAGED] + [bomb(folder / "bomb.png")]
+    bad += [write_damaged(folder / name, "noise") for name in ("a.HEIC", "b.npy", "c")]
+    (folder / "Thumbs.db").write_text("x")
     good = [folder / "a.png", folder / "z.png"]
     for path in good:
         shutil.copy(image_path(toy_set), path)
@@ -140,6 +142,14 @@ def test_words_without_an_image_are_refused(finished, tmp_path):
     for word in (tmp_path / "empty", tmp_path / "missing.png", tmp_path / "*.png"):
         refused(run_predict(word, "--model", finished), f"there is no image at {word}")
     refused(run_predict("--model", finished), "IMAGES are needed")
+    refused(run_predict("", "--model", finished), "one of IMAGES is an empty word")
+
+
+def test_names_do_not_break_the_table(toy_set, finished, tmp_path, capsys):
+    image = tmp_path / "a\nb\x1b[2J ü.png"
+    shutil.copy(image_path(toy_set), image)
+    assert run_predict(image, "--model", finished).code == 0
+    assert f"{tmp_path}/a\\nb\\x1b[2J ü.png" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", MAPPED)
@@ -237,6 +247,7 @@ def test_folders_that_are_no_run_are_refused(toy_set, finished, tmp_path):
         ({"settings": {"net_name": "mnist_LeNet"}}, "damaged or of another version"),
         ({"settings": None}, "damaged or of another version"),
         ({"image_size": 64}, "says images of 64 px, the detector takes 32"),
+        ({"threshold": float("nan")}, "its threshold is nan"),
         ({"threshold": None}, "damaged or of another version"),
     ],
 )

@@ -16,6 +16,7 @@ from kka.datasets.layout import (
     UserDict,
     list_images,
     read_class_folder,
+    refuse_others,
 )
 from kka.errors import UserError
 from kka.files import read_json
@@ -152,6 +153,7 @@ def read_anomalies(folder: Path, spec: DataSetSpec) -> Images:
     if (folder / NAME_LIST["train"]).exists():
         images = read_class_folder(folder, "train", 1, spec, class_name=str(ANOMALY_FOLDER))
     else:
+        refuse_others(folder)
         paths = tuple(list_images(folder))
         images = Images(paths, (1,) * len(paths), (str(ANOMALY_FOLDER),) * len(paths), ((),) * len(paths))
     if not len(images):
