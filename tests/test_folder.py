@@ -1,6 +1,7 @@
 """Any image folder in MVTec's format."""
 
 import json
+import shutil
 
 import pytest
 from PIL import Image
@@ -68,6 +69,16 @@ def test_missing_and_empty_folders_are_named(tmp_path, needed):
     (root / needed).rmdir()
     with pytest.raises(UserError, match=f"has no folder {needed}; put images into"):
         read_folder(root)
+
+
+@pytest.mark.parametrize("taken", ["test/scratch", "test/good"])
+def test_test_images_are_not_trained_on(tmp_path, taken):
+    root = write_toy_folder(tmp_path / "set", n_anomalies=2)
+    shutil.copy(root / taken / "001.png", root / "0" / "renamed.png")
+    outcome = run(root, tmp_path / "run")
+    refused(outcome, root / "0" / "renamed.png", f"is a test image, {root / taken / '001.png'}")
+    outcome = run(root, tmp_path / "run", anomaly_path=root / taken)
+    refused(outcome, "is a test image", "give another --anomaly_path")
 
 
 @pytest.mark.parametrize("name", ["a.HEIC", "a.npy", "a.avif", "a", "0/a.heic"])
