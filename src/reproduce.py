@@ -50,17 +50,21 @@ class SweepSettings:
 def main() -> None:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     plan, sweep = parse(sys.argv[1:])
-    check_writable(user_path(plan.settings.folder), "--folder", folder=True)
+    folder = user_path(plan.settings.folder)
+    if folder.is_file():
+        raise UserError(f"--folder {folder} is a file; name a folder")
     title, cells = make_plan(plan)
     jobs = jobs_of(cells)
     missing = [job for job in jobs if not is_finished(job)]
     log.info("%d runs, %d finished", len(jobs), len(jobs) - len(missing))
     if sweep.dry_run:
-        announce(missing, user_path(plan.settings.folder), sweep)
+        announce(missing, folder, sweep)
         return
     out = user_path(sweep.out) if sweep.out else ROOT / "log" / "tables" / plan.name
     check_writable(Path(f"{out}.json"), "--out")
     refuse_foreign(out)
+    if missing:  # finished runs may lie where nothing can be written
+        check_writable(folder, "--folder", folder=True)
     try:
         failures = run(missing, sweep)
     finally:  # also of what is there when it is interrupted

@@ -160,6 +160,7 @@ def test_bad_input_is_one_sentence(words, parts, tmp_path):
         ("--out", "~nosuchuser/table", "no home folder"),
         ("--out", "{}/notes", "notes.md is no table"),
         ("--folder", "{}/file", "is a file"),
+        ("--folder", "/proc/x", "cannot be written"),
     ],
 )
 def test_places_that_cannot_be_written_are_refused_before_the_runs(tmp_path, flag, place, part):

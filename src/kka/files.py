@@ -94,7 +94,7 @@ def check_writable(path: Path, flag: str, folder: bool = False) -> None:
             raise UserError(
                 f"{flag} {path} cannot be written, because {place} is a file; choose another place"
             )
-        with tempfile.NamedTemporaryFile(dir=place, prefix=f".{path.name}."):
+        with tempfile.NamedTemporaryFile(dir=place, prefix=f".{path.name}.", suffix=".tmp"):
             pass
     except OSError as error:
         raise UserError(
