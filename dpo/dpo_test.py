@@ -18,7 +18,7 @@ from kka.clean import Cleaner
 from kka.datasets import get_spec
 from kka.describe import CaptionSettings, read_normals
 from kka.errors import UserError, run_script
-from kka.files import check_output, read_json, write_json
+from kka.files import check_writable, read_json, write_json
 from kka.language_models import LanguageModelSettings, load_language_model
 from kka.metrics import mean_interval
 from kka.pairs import Pairs, PairSettings, read_pairs
@@ -57,7 +57,7 @@ def main() -> None:
     if prompt is None:
         raise UserError("--prompt TEXT or --pairs FILE is needed; see --help")
     out = Path(settings.out or Path(llm.adapter) / "dpo_test.json").expanduser()
-    check_output(out, "--out")
+    check_writable(out, "--out")
     normals = normal_captions(settings)
     answers = {}
     for name, each in (("untuned", replace(llm, adapter=None)), ("tuned", llm)):

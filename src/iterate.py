@@ -20,6 +20,7 @@ from kka.datasets import get_spec
 from kka.datasets.sources import data_root
 from kka.errors import run_script
 from kka.experiment import check_detector, fill_epochs, find_device
+from kka.files import user_path
 from kka.loop import Loop
 from kka.loop_folder import check_loop, check_parts, default_folder, opened, report_loop
 from kka.loop_settings import PREFIXED, LoopSettings, flags_of
@@ -48,7 +49,7 @@ def main() -> None:
         with flags_of("evaluator"):
             check_detector(evaluator, None, None)
     device, root = find_device(settings.device, strict=False), data_root(spec, settings.data_path)
-    folder = Path(settings.xp_path).expanduser() if settings.xp_path else Path()
+    folder = user_path(settings.xp_path) if settings.xp_path else Path()
     loop = Loop(folder, root, spec, settings, detector, llm, drawer, tuning, pairs, device, evaluator)
     check_loop(loop)
     if not settings.xp_path:

@@ -17,14 +17,15 @@ import torch
 from kka.errors import SKIPPED, UserError, run_script
 from kka.experiment import find_device
 from kka.export import export
-from kka.overlays import map_function, remove_older, write_arrays, write_pictures
+from kka.files import user_path
+from kka.overlays import check_folder, map_function, remove_older, write_arrays, write_pictures
 from kka.predict import (
     Prediction,
     PredictSettings,
     Skipped,
     check_settings,
     find_images,
-    printable,
+    one_line,
     score_files,
     to_table,
     write_predictions,
@@ -47,19 +48,21 @@ def main() -> None:
     paths = find_images(words)
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
-    trained = open_model(Path(settings.model or "").expanduser(), find_device(settings.device, strict=False))
-    skipped = predict(trained, paths, settings) if paths else []
+    maps = user_path(settings.maps) if settings.maps is not None else None
+    if maps is not None:
+        check_folder(maps, paths, settings.overwrite)
+    trained = open_model(user_path(settings.model or ""), find_device(settings.device, strict=False))
+    skipped = predict(trained, paths, settings, maps) if paths else []
     if settings.export:
-        file = Path(settings.export).expanduser()
+        file = user_path(settings.export)
         print(export(trained.run, file, settings.threshold, paths))
     if skipped:
         sys.exit(SKIPPED)
 
 
-def predict(trained: Trained, paths: list[Path], settings: PredictSettings) -> Skipped:
+def predict(trained: Trained, paths: list[Path], settings: PredictSettings, maps: Path | None) -> Skipped:
     """Score, print and write everything that was asked for; returns what could not be read."""
     threshold = trained.threshold if settings.threshold is None else settings.threshold
-    maps = Path(settings.maps).expanduser() if settings.maps else None
     make_maps = map_function(trained) if maps else None
     predictions: list[Prediction] = []
     skipped: Skipped = []
@@ -70,11 +73,11 @@ def predict(trained: Trained, paths: list[Path], settings: PredictSettings) -> S
         predictions += scored
         skipped += bad
     for path, reason in skipped:
-        print(f"skipped {printable(path)}: {reason}", file=sys.stderr)
+        print(f"skipped {one_line(path)}: {reason}", file=sys.stderr)
     if not predictions:
         raise UserError(f"not one of the {len(paths)} images can be read; give others")
     if settings.out:
-        write_predictions(Path(settings.out).expanduser(), trained, predictions, skipped)
+        write_predictions(user_path(settings.out), trained, predictions, skipped)
     print(to_table(predictions))
     if maps:
         mapped = [each.path for each in predictions]

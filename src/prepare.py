@@ -11,6 +11,7 @@ from pathlib import Path
 
 from kka.conversions import CONVERSIONS, convert
 from kka.errors import UserError, run_script
+from kka.files import check_writable, user_path
 from kka.prepare import SPECS, prepare
 from kka.settings import build_parser, make_settings, option
 
@@ -39,19 +40,20 @@ def main() -> None:
     flags = vars(parser.parse_args())
     name, no_check = flags.pop("name"), flags.pop("no_check", False)
     settings = make_settings(Settings, flags)
+    out = user_path(settings.out) if settings.out else DATA / name
+    source = user_path(settings.source) if settings.source else None
+    check_writable(out, "--out", folder=True)
     if name in CONVERSIONS:
-        if settings.source is None:
+        given = {"captions": settings.captions, "seed": settings.seed, "no_check": no_check}
+        unused = [flag for flag, value in given.items() if value]
+        if unused:
+            raise UserError(f"--{unused[0]} has no effect for {name}; leave it out")
+        if source is None:
             raise UserError(f"{name} cannot be downloaded; give --source with its unpacked folder")
-        convert(name, Path(settings.source), Path(settings.out or DATA / name))
+        convert(name, source, out)
         return
-    prepare(
-        name,
-        Path(settings.out or DATA / name),
-        Path(settings.source) if settings.source else None,
-        Path(settings.captions) if settings.captions else None,
-        settings.seed,
-        check=not no_check,
-    )
+    captions = user_path(settings.captions) if settings.captions else None
+    prepare(name, out, source, captions, settings.seed, check=not no_check)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ python src/report.py log/tables/table3.json          # a table of reproduce.py
 """
 
 import logging
-from pathlib import Path
 
 from kka.errors import run_script
+from kka.files import check_writable, user_path
 from kka.report.build import ReportSettings, make_reports
 from kka.settings import build_parser, make_settings
 
@@ -20,8 +20,11 @@ def main() -> None:
         "runs", metavar="RUN", nargs="+", help="folder of a run, of its seeds, of a loop; or a table"
     )
     values = vars(parser.parse_args())
-    paths = [Path(path).expanduser() for path in values.pop("runs")]
-    make_reports(paths, make_settings(ReportSettings, values))
+    paths = [user_path(path) for path in values.pop("runs")]
+    settings = make_settings(ReportSettings, values)
+    if settings.out:
+        check_writable(user_path(settings.out), "--out", folder=True)
+    make_reports(paths, settings)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from kka.errors import UserError, run_script
 from kka.estimates import duration, kind_of_job, median_seconds, total
+from kka.files import check_writable, user_path
 from kka.hardness_table import compare
 from kka.plan_tables import PLANS, jobs_of, make_plan
 from kka.plans import Plan, PlanSettings, to_dict
@@ -28,7 +29,7 @@ from kka.ray_backend import run_on_ray
 from kka.runs import ROOT
 from kka.settings import build_parser, make_settings, option
 from kka.sweep import Job, cores, is_finished, run_local
-from kka.tables import Cell, problems_of, tabulate, to_markdown, write_table
+from kka.tables import Cell, problems_of, refuse_foreign, tabulate, to_markdown, write_table
 
 log = logging.getLogger("reproduce")
 
@@ -49,14 +50,21 @@ class SweepSettings:
 def main() -> None:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     plan, sweep = parse(sys.argv[1:])
+    folder = user_path(plan.settings.folder)
+    if folder.is_file():
+        raise UserError(f"--folder {folder} is a file; name a folder")
     title, cells = make_plan(plan)
     jobs = jobs_of(cells)
     missing = [job for job in jobs if not is_finished(job)]
     log.info("%d runs, %d finished", len(jobs), len(jobs) - len(missing))
     if sweep.dry_run:
-        announce(missing, Path(plan.settings.folder).expanduser(), sweep)
+        announce(missing, folder, sweep)
         return
-    out = Path(sweep.out).expanduser() if sweep.out else ROOT / "log" / "tables" / plan.name
+    out = user_path(sweep.out) if sweep.out else ROOT / "log" / "tables" / plan.name
+    check_writable(Path(f"{out}.json"), "--out")
+    refuse_foreign(out)
+    if missing:  # finished runs may lie where nothing can be written
+        check_writable(folder, "--folder", folder=True)
     try:
         failures = run(missing, sweep)
     finally:  # also of what is there when it is interrupted

@@ -248,6 +248,14 @@ def two_kinds(side=64):
     return train
 
 
+@pytest.mark.parametrize("changes", [{"n_clusters": 13}, {}])
+def test_too_few_normals_are_told_before_the_base_model_is_trained(changes, tmp_path):
+    journal = Journal(tmp_path)
+    with pytest.raises(UserError, match=r"only (12|5) normal images"):
+        AHL(replace(TINY, **changes)).fit(two_kinds() if changes else toy_train_set(5, 5, side=64), journal)
+    assert not journal.rows
+
+
 @pytest.mark.parametrize("base_model", ["dra", "devnet"])
 @pytest.mark.parametrize("heads", ["base", "new"])
 @pytest.mark.parametrize("importance", ["paper", "code"])

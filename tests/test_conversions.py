@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from PIL import Image
-from toy import read_json, refused, run_main, toy_flags
+from toy import call_script, read_json, refused, run_main, toy_flags
 
 import prepare
 from kka import conversions
@@ -160,6 +160,14 @@ def test_interrupted_conversion_continues_and_a_finished_one_is_left_alone(tmp_p
         convert("headct", tmp_path / "source", out)
 
 
+def put(name, data):
+    return lambda root: (root / name).write_bytes(data if isinstance(data, bytes) else data.encode())
+
+
+def array(values):
+    return lambda root: np.save(root / "test_typical" / "9.npy", values)
+
+
 def rename_defect(root):
     (root / "Defect_images" / "0001_002_00.png").rename(root / "Defect_images" / "0001_001_00.png")
 
@@ -170,11 +178,25 @@ def rename_defect(root):
         ("aitex", lambda root: (root / "Mask_images" / "0001_002_00_mask.png").unlink(), "has no mask"),
         ("aitex", rename_defect, "'001', is no known defect"),
         ("sdd", lambda root: (root / "kos00" / "Part0_label.bmp").unlink(), "which does not exist"),
-        ("elpv", lambda root: (root / "labels.csv").write_text("a b"), "line 1 must be a file"),
+        ("elpv", put("labels.csv", "a b"), "line 1 must be a file"),
         ("elpv", lambda root: (root / "images" / "cell0000.png").write_bytes(b"x"), "cannot be read"),
         ("optical", lambda root: (root / "Class1/Train/Label/Labels.txt").unlink(), "which does not exist"),
         ("headct", lambda root: (root / "head_ct" / "003.png").unlink(), "003.png, which does not exist"),
         ("brainmri", lambda root: (root / "yes" / "Y1.JPG").unlink(), "there are no images at"),
+        ("brainmri", put("yes/Y2.heic", ""), "holds 'Y2.heic', whose type is not read"),
+        ("elpv", put("labels.csv", "images/cell0000.png 1.0 ../../evil"), "line 1 must be .* mono or poly"),
+        ("elpv", put("labels.csv", "images/cell0000.png ² mono"), "line 1 must be"),
+        ("elpv", put("labels.csv", b"images/cell0000.png 1.0 m\xf6no"), "labels.csv is no UTF-8 text"),
+        ("elpv", put("labels.csv", "../source/images/cell0000.png 0 mono"), "is not in"),
+        ("optical", lambda root: (root / "Class1").rename(root / "ClassX"), "ClassX must be called Class"),
+        ("optical", put("Class1/Train/Label/Labels.txt", b"1\n\xff"), "no UTF-8 text"),
+        ("headct", put("labels.csv", b"\xff"), "no UTF-8 text"),
+        ("headct", put("labels.csv", "id, x\n², 0"), "must be a number and 0 or 1"),
+        ("mastcam", put("test_typical/9.npy", b""), "cannot be read"),
+        ("mastcam", array(np.ones((8, 8), np.uint8)), "its shape is"),
+        ("mastcam", array(np.ones((8, 8, 1), np.uint8)), "its shape is"),
+        ("mastcam", array(np.full((8, 8, 3), 0.5)), "lie in 0 to 1"),
+        ("mastcam", array(np.full((8, 8, 3), 999)), "do not lie in 0 to 255"),
     ],
 )  # fmt: skip
 def test_bad_sources_are_one_sentence(tmp_path, name, spoil, part):
@@ -182,6 +204,35 @@ def test_bad_sources_are_one_sentence(tmp_path, name, spoil, part):
     spoil(tmp_path / "source")
     with pytest.raises(UserError, match=part):
         convert(name, tmp_path / "source", tmp_path / "out")
+
+
+@pytest.mark.parametrize("text", ["[]", "{}"])
+def test_a_record_of_something_else_is_refused(tmp_path, text):
+    brainmri(tmp_path / "source")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "converted.json").write_text(text)
+    with pytest.raises(UserError, match="is no record of a conversion"):
+        convert("brainmri", tmp_path / "source", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--out", "{}/file/out"], "is a file"),
+        (["--out", "{}/file"], "is a file; name a folder"),
+        (["--out", "~nosuchuser/out"], "no home folder"),
+        (["--seed", "3"], "--seed has no effect for brainmri"),
+        (["--captions", "x"], "--captions has no effect"),
+        (["--no_check"], "--no_check has no effect"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused(tmp_path, words, part):
+    brainmri(tmp_path / "source")
+    (tmp_path / "file").write_text("mine")
+    given = [word.format(tmp_path) for word in words]
+    base = ["prepare.py", "brainmri", "--source", str(tmp_path / "source"), "--out", str(tmp_path / "out")]
+    refused(call_script(prepare.main, [*base, *given]), part)
+    assert not (tmp_path / "out").exists()
 
 
 def test_command_and_training_on_its_result(tmp_path, monkeypatch, capsys):

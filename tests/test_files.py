@@ -10,7 +10,7 @@ import pytest
 from toy import call_script, read_json, refused, results, run_toy, snapshot
 
 from kka.errors import UserError
-from kka.files import check_output, sha256, write_atomically, write_bytes, write_json
+from kka.files import check_writable, sha256, write_atomically, write_bytes, write_json
 from kka.files import read_json as read_checked
 
 
@@ -144,10 +144,10 @@ def test_place_that_cannot_be_written_is_one_sentence(tmp_path, name, part):
     (tmp_path / "file").write_bytes(b"old")
     refused(call_script(lambda: write_bytes(tmp_path / name, b"new"), ["script"]), f"{tmp_path}{part}")
     with pytest.raises(UserError, match=f"--out {tmp_path / name} "):
-        check_output(tmp_path / name, "--out")
+        check_writable(tmp_path / name, "--out")
     assert snapshot(tmp_path) == {"file": b"old"}
 
 
 def test_place_that_is_not_there_yet_can_be_written(tmp_path):
-    check_output(tmp_path / "new" / "folder" / "x.json", "--out")
+    check_writable(tmp_path / "new" / "folder" / "x.json", "--out")
     assert not list(tmp_path.iterdir())

@@ -1,12 +1,15 @@
 """Any image folder in MVTec's format."""
 
 import json
+import shutil
 
 import pytest
+from PIL import Image
 from toy import read_json, refused, results, run_toy, write_toy_folder
 
 from kka.datasets import folder as module
 from kka.datasets.folder import read_folder, read_kind
+from kka.datasets.images import decode
 from kka.datasets.task import Choice, read_task
 from kka.errors import UserError
 
@@ -66,6 +69,37 @@ def test_missing_and_empty_folders_are_named(tmp_path, needed):
     (root / needed).rmdir()
     with pytest.raises(UserError, match=f"has no folder {needed}; put images into"):
         read_folder(root)
+
+
+@pytest.mark.parametrize("taken", ["test/scratch", "test/good"])
+def test_test_images_are_not_trained_on(tmp_path, taken):
+    root = write_toy_folder(tmp_path / "set", n_anomalies=2)
+    shutil.copy(root / taken / "001.png", root / "0" / "renamed.png")
+    outcome = run(root, tmp_path / "run")
+    refused(outcome, root / "0" / "renamed.png", f"is a test image, {root / taken / '001.png'}")
+    outcome = run(root, tmp_path / "run", anomaly_path=root / taken)
+    refused(outcome, "is a test image", "give another --anomaly_path")
+
+
+@pytest.mark.parametrize("name", ["a.HEIC", "a.npy", "a.avif", "a", "0/a.heic"])
+def test_image_types_that_are_not_read_are_named(tmp_path, name):
+    root = write_toy_folder(tmp_path, n_anomalies=2)
+    path = root / ("train/good" if "/" not in name else "") / name
+    path.touch()
+    with pytest.raises(UserError, match=f"{path.parent} holds '{path.name}', whose type is not read"):
+        read_task(SPEC, root, Choice())
+
+
+def test_other_image_types_are_read_and_side_files_are_passed_over(tmp_path):
+    root = write_toy_folder(tmp_path)
+    picture = Image.open(root / "train/good/000.png")
+    for kind, suffix in (("jpeg", "JFIF"), ("jpeg", "jpe"), ("ppm", "pgm"), ("jpeg2000", "jp2")):
+        picture.convert("L").save(root / "train/good" / f"x.{suffix}", kind)
+    for name in ("Thumbs.db", ".DS_Store", "LICENSE", "notes.txt", "desktop.ini"):
+        (root / "train/good" / name).write_text("x")
+    train, _ = read_folder(root)
+    assert [path.name for path in train.paths[8:]] == ["x.JFIF", "x.jp2", "x.jpe", "x.pgm"]
+    assert decode(train.paths, "", 0, 32).good.all()
 
 
 def test_kind_without_images_is_named(tmp_path):

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from toy import call_script, read_json, refused, snapshot, write_toy_set
+from toy import call_script, read_json, refused, snapshot, write_toy_folder, write_toy_set
 
 import hardness
 import kka.hardness_study
@@ -191,3 +191,28 @@ def test_folders_without_training_anomalies_say_what_to_give(tmp_path):
     root = write_toy_folder(tmp_path / "folder")
     words = ["--dataset_name", "folder", "--data_path", str(root), "--xp_path", str(tmp_path / "run")]
     refused(call_script(hardness.main, ["hardness.py", *words]), "--anomaly_path")
+
+
+def test_classes_of_mvtec_and_anomalies_that_are_no_test_images(tmp_path):
+    root = write_toy_folder(tmp_path / "set" / "screw", n_anomalies=8)
+    words = [
+        "hardness.py",
+        "--dataset_name",
+        "mvtec",
+        "--data_path",
+        str(root.parent),
+        "--normal_class",
+        "screw",
+    ]
+    words += ["--xp_path", str(tmp_path / "run"), "--n_base", "3", "--n_pool", "3", "--n_epochs", "1"]
+    words += ["--pretrain", "False", "--device", "cpu", "--selections", "random", "--modes", "add"]
+    refused(call_script(hardness.main, words), "no training images of other classes; give --anomaly_path")
+    for folder, part in (
+        (root / "test" / "scratch", "is a test image"),
+        (root / "gone", "there is no folder"),
+    ):
+        outcome = call_script(hardness.main, [*words, "--anomaly_path", str(folder)])
+        refused(outcome, folder, part, "give another --anomaly_path")
+        assert "--n_anomalies" not in outcome.stderr
+    outcome = call_script(hardness.main, [*words, "--anomaly_path", str(root / "0")])
+    assert outcome.code == 0, outcome.stderr

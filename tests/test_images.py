@@ -1,6 +1,8 @@
 """Files to tensors: exact resizing, every mode, damaged files, and the cache."""
 
 import math
+import os
+import re
 import struct
 import zlib
 
@@ -15,6 +17,7 @@ from kka.augment import RATIO, SCALE
 from kka.datasets import images
 from kka.datasets.images import cache_folder, content_digest, decode, read_image, read_native, working_side
 from kka.errors import UserError
+from kka.report.gallery import encode
 
 SIZES = [(20, 20), (33, 27), (200, 150), (1, 1)]
 
@@ -121,6 +124,37 @@ def test_16_bits_are_warned_about(tmp_path, caplog):
     Image.fromarray(np.array([[5, 300, 65535]], np.uint16)).save(path)
     assert np.asarray(read_image(path))[0, :, 0].tolist() == [5, 255, 255]
     assert f"{path} has 16 bits per channel" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_32_bits_are_refused(tmp_path, dtype):
+    path = tmp_path / "deep.tif"
+    Image.fromarray(np.array([[0, 1]], dtype)).save(path)
+    with pytest.raises(UserError, match=f"{path} has 32 bits per channel"):
+        read_image(path)
+
+
+HEADER = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [HEADER + b"\0\0\0\5IHDR12345", b"P6\n-3 x\n", b"P6\n4 4\n255000000000\n"],
+    ids=["header", "word", "depth"],
+)  # fmt: skip
+def test_whatever_pillow_raises_is_one_sentence(tmp_path, data):
+    path = tmp_path / "bad.png"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        read_image(path)
+    assert encode(path, 64, 50) is None
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.png")
+    for reading in (read_image, lambda path: content_digest([path])):
+        with pytest.raises(UserError, match="no regular file"):
+            reading(tmp_path / "x.png")
 
 
 def test_one_pixel_fills_the_image(tmp_path):

@@ -5,6 +5,7 @@ from toy import read_json, refused, results, run_main, toy_flags, write_toy_fold
 
 from kka.datasets import mvtec
 from kka.datasets.task import Choice, read_task
+from kka.errors import UserError
 from kka.experiment import choose_task
 from kka.options import ExperimentSettings
 
@@ -95,8 +96,12 @@ def test_numbered_data_sets_have_known_anomalies_too(toy_set, tmp_path):
         ({"normal_class": None}, ["needs one --normal_class", "nut, screw"]),
         ({"normal_class": "bolt"}, ["has no class 'bolt'", "nut, screw"]),
         ({"normal_class": ["screw", "nut"]}, ["needs one --normal_class"]),
-        ({"n_anomaly": 7}, ["--n_anomaly 7", "only 6 anomalies"]),
-        ({"n_anomaly": 4, "know_class": "crack"}, ["only 3 anomalies of kind crack"]),
+        ({"n_anomaly": 7}, ["--n_anomaly 7", "screw has only 6 anomalies; give at most 5"]),
+        ({"n_anomaly": 6}, ["--n_anomaly 6 leaves no anomaly in the test set of", "screw"]),
+        (
+            {"n_anomaly": 4, "know_class": "crack"},
+            ["screw has only 3 anomalies of kind crack; give at most 3"],
+        ),
         ({"n_anomaly": 1, "know_class": "scratch"}, ["--know_class 'scratch'", "bent, crack"]),
         ({"know_class": "crack"}, ["--know_class needs --n_anomaly"]),
         ({"n_anomaly": -1}, ["--n_anomaly must not be negative"]),
@@ -115,3 +120,10 @@ def test_numbers_name_classes_of_mvtec_too(tmp_path):
     write_toy_folder(tmp_path / "7")
     settings = ExperimentSettings(dataset_name="mvtec", normal_class=(7,), n_anomalies=0)
     assert len(choose_task(settings, mvtec.SPEC, tmp_path).normals) == 8
+
+
+def test_the_only_kind_cannot_be_known(tmp_path):
+    write_toy_folder(tmp_path / "nut", ("bent",))
+    choice = Choice(category=("nut",), n_anomalies=0, n_known=1, known_kind="bent")
+    with pytest.raises(UserError, match=r"--know_class 'bent' leaves no anomaly in the test set of .*nut"):
+        read_task(mvtec.SPEC, tmp_path, choice)

@@ -111,6 +111,8 @@ def test_bad_images_are_named_and_skipped(toy_set, finished, tmp_path):
     folder, out = tmp_path / "mixed", tmp_path / "scores.json"
     folder.mkdir()
     bad = [write_damaged(folder / f"{kind}.jpg", kind) for kind in DAMAGED] + [bomb(folder / "bomb.png")]
+    bad += [write_damaged(folder / name, "noise") for name in ("a.HEIC", "b.npy", "c")]
+    (folder / "Thumbs.db").write_text("x")
     good = [folder / "a.png", folder / "z.png"]
     for path in good:
         shutil.copy(image_path(toy_set), path)
@@ -140,6 +142,14 @@ def test_words_without_an_image_are_refused(finished, tmp_path):
     for word in (tmp_path / "empty", tmp_path / "missing.png", tmp_path / "*.png"):
         refused(run_predict(word, "--model", finished), f"there is no image at {word}")
     refused(run_predict("--model", finished), "IMAGES are needed")
+    refused(run_predict("", "--model", finished), "one of IMAGES is an empty word")
+
+
+def test_names_do_not_break_the_table(toy_set, finished, tmp_path, capsys):
+    image = tmp_path / "a\nb\x1b[2J ü.png"
+    shutil.copy(image_path(toy_set), image)
+    assert run_predict(image, "--model", finished).code == 0
+    assert f"{tmp_path}/a\\nb\\x1b[2J ü.png" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", MAPPED)
@@ -147,9 +157,8 @@ def test_maps_are_written_as_arrays_and_pictures_on_one_scale(toy_set, runs, nam
     images, folder = paths_of_test(toy_set)[3:6], tmp_path / "maps"
     assert run_predict(*images, "--model", runs / name, "--maps", folder).code == 0
     stems = [f"{i:05d}_{path.stem}" for i, path in enumerate(images)]
-    assert {path.name for path in folder.iterdir()} == {
-        f"{s}{end}" for s in stems for end in (".npy", ".png")
-    }
+    ours = {"maps.json", *(f"{s}{end}" for s in stems for end in (".npy", ".png"))}
+    assert {path.name for path in folder.iterdir()} == ours
     arrays = [np.load(folder / f"{stem}.npy") for stem in stems]
     assert all(array.shape == (48, 48) for array in arrays)
     low = min(array.min() for array in arrays)
@@ -161,10 +170,30 @@ def test_maps_are_written_as_arrays_and_pictures_on_one_scale(toy_set, runs, nam
     before = snapshot(folder)
     refused(run_predict(images[0], "--model", runs / name, "--maps", folder), "holds files", "--overwrite")
     assert snapshot(folder) == before
-    (folder / "my_notes.txt").write_text("kept")
     words = [images[0], "--model", runs / name, "--maps", folder, "--overwrite"]
     assert run_predict(*words).code == 0
-    assert {path.name for path in folder.iterdir()} == {f"{stems[0]}.npy", f"{stems[0]}.png", "my_notes.txt"}
+    assert {path.name for path in folder.iterdir()} == {"maps.json", f"{stems[0]}.npy", f"{stems[0]}.png"}
+
+
+def test_maps_neither_replace_nor_remove_files_of_others(toy_set, runs, tmp_path):
+    folder, image = tmp_path / "photos", tmp_path / "photos" / "00001_cat.png"
+    folder.mkdir()
+    shutil.copy(image_path(toy_set), image)
+    words = ["--model", runs / "simplenet", "--maps", folder, "--overwrite"]
+    before = snapshot(folder)
+    refused(run_predict(image, *words), "holds 00001_cat.png, one of IMAGES")
+    refused(run_predict(image_path(toy_set), *words), "holds 00001_cat.png, which is no map")
+    (folder / "maps.json").write_text('["../x.png"]')
+    refused(run_predict(image_path(toy_set), *words), "maps.json is no list of files")
+    (folder / "maps.json").unlink()
+    assert snapshot(folder) == before
+
+
+def test_map_of_an_image_with_a_long_name(toy_set, runs, tmp_path):
+    image = tmp_path / f"{'ä' * 123}.png"
+    shutil.copy(image_path(toy_set), image)
+    assert run_predict(image, "--model", runs / "simplenet", "--maps", tmp_path / "maps").code == 0
+    assert len(list((tmp_path / "maps").glob("00000_ä*.npy"))) == 1
 
 
 def test_map_shows_where_it_is_high():
@@ -218,6 +247,7 @@ def test_folders_that_are_no_run_are_refused(toy_set, finished, tmp_path):
         ({"settings": {"net_name": "mnist_LeNet"}}, "damaged or of another version"),
         ({"settings": None}, "damaged or of another version"),
         ({"image_size": 64}, "says images of 64 px, the detector takes 32"),
+        ({"threshold": float("nan")}, "its threshold is nan"),
         ({"threshold": None}, "damaged or of another version"),
     ],
 )
@@ -254,6 +284,19 @@ def test_damaged_models_are_refused(toy_set, finished, tmp_path):
 )
 def test_flags_that_make_no_sense_are_refused(toy_set, finished, words, part):
     refused(run_predict(image_path(toy_set), "--model", finished, *words), part)
+
+
+@pytest.mark.parametrize("flag", ["--out", "--export", "--maps"])
+def test_places_that_cannot_be_written_are_refused_before_the_work(toy_set, finished, tmp_path, flag):
+    (tmp_path / "file").write_text("mine")
+    name = {"--out": "a.csv", "--export": "a.pt2", "--maps": "maps"}[flag]
+    for place, part in (
+        (tmp_path / "file", "is a file"),
+        ("/proc/x", flag),
+        ("~nosuchuser", "no home folder"),
+    ):
+        outcome = run_predict(image_path(toy_set), "--model", finished, flag, f"{place}/{name}")
+        refused(outcome, part, place)
 
 
 def test_results_are_not_overwritten_unless_asked(toy_set, finished, tmp_path):

@@ -295,6 +295,30 @@ def test_page_of_somebody_else_is_not_replaced(finished, tmp_path):
     assert (tmp_path / "index.html").read_text() == "<h1>my home page</h1>"
 
 
+def test_figures_of_somebody_else_are_neither_replaced_nor_removed(finished, tmp_path):
+    for name in ("margins.png", "scores.png"):  # one would not be drawn, the other would
+        out = tmp_path / name
+        out.mkdir()
+        (out / name).write_text("mine")
+        refused(make_report(finished, "--out", out), f"{out / name} is no figure of a report")
+        assert [(path.name, path.read_text()) for path in out.iterdir()] == [(name, "mine")]
+
+
+def test_report_is_made_anew_in_its_folder(finished, tmp_path):
+    assert make_report(finished, "--out", tmp_path / "report").code == 0
+    for left in ("figures.json", "index.html"):  # of an older version, and of an interrupted call
+        (tmp_path / "report" / left).unlink()
+        assert make_report(finished, "--out", tmp_path / "report").code == 0
+
+
+@pytest.mark.parametrize("place", ["{}/file/report", "/proc/x/report", "~nosuchuser/report"])
+def test_places_that_cannot_be_written_are_refused(finished, tmp_path, place):
+    (tmp_path / "file").write_text("mine")
+    refused(
+        make_report(finished, "--out", place.format(tmp_path)), place.format(tmp_path).split("/report")[0]
+    )
+
+
 def test_without_matplotlib_the_extra_is_named(finished, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     refused(make_report(finished, "--out", tmp_path / "report"), "pip install -e '.[plot]'")

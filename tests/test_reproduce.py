@@ -213,6 +213,26 @@ def test_bad_input_is_one_sentence(words, parts, tmp_path):
     refused(outcome, *parts)
 
 
+@pytest.mark.parametrize(
+    ("flag", "place", "part"),
+    [
+        ("--out", "{}/file/table", "is a file"),
+        ("--out", "/proc/x/table", "cannot be written"),
+        ("--out", "~nosuchuser/table", "no home folder"),
+        ("--out", "{}/notes", "notes.md is no table"),
+        ("--folder", "{}/file", "is a file"),
+        ("--folder", "/proc/x", "cannot be written"),
+    ],
+)
+def test_places_that_cannot_be_written_are_refused_before_the_runs(tmp_path, flag, place, part):
+    for name in ("file", "notes.md"):
+        (tmp_path / name).write_text("mine")
+    words = ["figure4", "--folder", str(tmp_path / "log"), flag, place.format(tmp_path)]
+    refused(call_script(reproduce.main, ["reproduce.py", *words]), place.format(tmp_path), part)
+    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {"file", "notes.md"}
+    assert (tmp_path / "notes.md").read_text() == "mine"
+
+
 def test_a_dry_run_makes_nothing_and_estimates_from_earlier_runs(tmp_path, capsys):
     for k, seconds in enumerate((2.0, 4.0, 90.0)):
         job = write_run(tmp_path / "log" / "old" / str(k))

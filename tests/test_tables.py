@@ -11,6 +11,7 @@ from fabricated import REMOVED, change, write_loop, write_run, write_study
 from toy import read_json
 
 from kka.differences import _describe_drawer
+from kka.errors import UserError
 from kka.hardness_table import compare
 from kka.metrics import mean_interval
 from kka.runs import read_results
@@ -285,3 +286,14 @@ def test_studies_are_compared_in_pairs(tmp_path):
     assert against["text"] == "+5.00 ± 0.00"  # though the AUCs themselves lie 20 points apart
     assert base["text"] == "+10.00 ± 0.00"
     assert rows["Oxford-102, deep_sad, 50: base"][4]["text"] == ""
+
+
+@pytest.mark.parametrize(("name", "text"), [("notes.md", "mine"), ("notes.json", "{}"), ("notes.json", "[")])
+def test_files_of_others_are_not_replaced(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    table = tabulate("T", [Cell("A", "x", (write_run(tmp_path / "run"),))])
+    with pytest.raises(UserError, match=name):
+        write_table(table, tmp_path / "notes")
+    assert (tmp_path / name).read_text() == text
+    write_table(table, tmp_path / "other")
+    write_table(table, tmp_path / "other")

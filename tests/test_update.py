@@ -9,15 +9,14 @@ from toy import snapshot
 
 from kka.anomalies import (
     MANIFEST,
-    choose_update,
     file_name,
     file_number,
     live,
     read_items,
-    update,
 )
 from kka.datasets.task import read_anomalies
 from kka.errors import UserError
+from kka.update import choose_update, update
 
 
 @pytest.fixture
@@ -86,7 +85,7 @@ def test_update_killed_while_it_copies_is_repeated(sets, tmp_path, monkeypatch):
         path.write_bytes(data)
 
     with monkeypatch.context() as patch:
-        patch.setattr("kka.anomalies.write_bytes", stop)
+        patch.setattr("kka.update.write_bytes", stop)
         with pytest.raises(KeyboardInterrupt):
             run_update(sets, tmp_path / "out", "rep")
     assert not (tmp_path / "out" / "image.json").exists()

@@ -6,17 +6,18 @@ data set is read as its authors publish it. A quarter of the normals is for test
 
 import csv
 import io
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
 from kka.datasets.folder import GOOD
-from kka.datasets.layout import list_images
+from kka.datasets.layout import list_images, refuse_others
 from kka.errors import UserError
 from kka.files import read_json, write_bytes, write_json
 
@@ -61,6 +62,8 @@ def convert(name: str, source: Path, out: Path) -> None:
     if out.exists() and any(out.iterdir()) and not (out / RECORD).exists():
         raise UserError(f"{out} holds other files; choose another --out")
     record = read_json(out / RECORD) if (out / RECORD).exists() else {"name": name, "counts": None}
+    if not (isinstance(record, dict) and {"name", "counts"} <= record.keys()):
+        raise UserError(f"{out / RECORD} is no record of a conversion; choose another --out")
     if record["name"] != name:
         raise UserError(f"{out} holds {record['name']}; choose another --out")
     if record["counts"]:
@@ -139,32 +142,35 @@ def sdd(source: Path) -> Iterator[Piece]:
 def elpv(source: Path) -> Iterator[Piece]:
     """labels.csv with lines "images/cell0001.png  1.0  mono"; cells that may be defective are left out."""
     table = _needed(source / "labels.csv", source)
-    for number, line in enumerate(table.read_text().splitlines(), 1):
-        words = line.split()
-        if len(words) != 3 or not words[1].replace(".", "", 1).isdigit():
+    for number, line in enumerate(_read_text(table).splitlines(), 1):
+        match = re.fullmatch(r"\s*(\S+)\s+([0-9]+(?:\.[0-9]*)?)\s+(mono|poly)\s*", line)
+        if not match:
             raise UserError(
-                f"{table}, line {number} must be a file, a probability and a kind, it is {line!r}"
+                f"{table}, line {number} must be a file, a probability, and mono or poly, it is {line!r}"
             )
-        path = _needed(source / words[0], table)
-        if float(words[1]) in (0, 1):
-            yield Piece(GOOD if float(words[1]) == 0 else words[2], path.stem, path)
+        path, probability = _listed(source, match[1], table), float(match[2])
+        if probability in (0, 1):
+            yield Piece(GOOD if probability == 0 else match[3], path.stem, path)
 
 
 def optical(source: Path) -> Iterator[Piece]:
     """DAGM: Class<n>/Train|Test/<m>.PNG with Label/Labels.txt and Label/<m>_label.PNG."""
     for folder in sorted(source.glob("Class*/T*")):
         table = _needed(folder / "Label" / "Labels.txt", folder)
-        for line in table.read_text().splitlines()[1:]:
+        digits = re.fullmatch("Class([0-9]+)", folder.parent.name)
+        if not digits:
+            raise UserError(f"{folder.parent} must be called Class and a number{PUBLISHED}")
+        number = int(digits[1]) - 1
+        for line in _read_text(table).splitlines()[1:]:
             words = line.split()
             if len(words) != 5:
                 raise UserError(f"{table}: a line must have five columns, it is {line!r}")
-            path = _needed(folder / words[2], table)
-            number = int(folder.parent.name.removeprefix("Class")) - 1
+            path = _listed(folder, words[2], table)
             name = f"{folder.parent.name}_{folder.name}_{path.stem}"
             if words[1] == "0":
                 yield Piece(GOOD, name, path)
             else:
-                mask = _binary(_needed(folder / "Label" / words[4], table))
+                mask = _binary(_listed(folder / "Label", words[4], table))
                 yield Piece(f"Class{number}", name, path, mask=mask)
 
 
@@ -188,10 +194,10 @@ def brainmri(source: Path) -> Iterator[Piece]:
 def headct(source: Path) -> Iterator[Piece]:
     """head_ct/<number>.png and labels.csv with lines "number, 0 or 1"."""
     table = _needed(source / "labels.csv", source)
-    with open(table, newline="", encoding="utf-8-sig") as file:
-        rows = [[cell.strip() for cell in row] for row in csv.reader(file) if row][1:]
+    lines = csv.reader(_read_text(table).splitlines())
+    rows = [[cell.strip() for cell in row] for row in lines if row][1:]
     for row in rows:
-        if len(row) != 2 or not row[0].isdigit() or row[1] not in ("0", "1"):
+        if len(row) != 2 or not re.fullmatch("[0-9]+", row[0]) or row[1] not in ("0", "1"):
             raise UserError(f"{table}: a line must be a number and 0 or 1, it is {', '.join(row)!r}")
         number, label = row
         path = _needed(source / "head_ct" / f"{int(number):03d}.png", table)
@@ -221,8 +227,10 @@ CONVERSIONS: dict[str, Callable[[Path], Iterator[Piece]]] = {
 
 
 def _images(folder: Path, pattern: str, arrays: bool = False) -> list[Path]:
-    """Image files below a folder; raises UserError if there are none."""
+    """Image files below a folder; raises UserError if there are none, or files that are neither."""
     parents = sorted({path.parent for path in folder.glob(pattern)}) if folder.is_dir() else []
+    for parent in parents:
+        refuse_others(parent, pattern, [".npy"] * arrays)
     found = [p for parent in parents for p in list_images(parent) if p.match(pattern)]
     if arrays:
         found += sorted(folder.glob(f"{pattern}.npy"))
@@ -231,20 +239,47 @@ def _images(folder: Path, pattern: str, arrays: bool = False) -> list[Path]:
     return found
 
 
+def _listed(folder: Path, name: str, table: Path) -> Path:
+    """A file that a table names; raises UserError if it is missing or not in the folder."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise UserError(f"{table} lists {name!r}, which is not in {folder}{PUBLISHED}")
+    return _needed(folder / name, table)
+
+
 def _needed(path: Path, where: Path) -> Path:
     if not path.is_file():
         raise UserError(f"{where} needs {path}, which does not exist{PUBLISHED}")
     return path
 
 
+def _read_text(table: Path) -> str:
+    try:
+        return table.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{table} is no UTF-8 text ({error.reason}); restore it") from None
+
+
 def _open(path: Path) -> Image.Image:
     try:
         if path.suffix == ".npy":
-            return Image.fromarray(np.load(path)[..., :3].astype(np.uint8))
+            return _read_array(path)
         with Image.open(path) as picture:
             return picture.convert("RGB")
-    except (OSError, ValueError, UnidentifiedImageError) as error:
+    except Exception as error:  # Pillow and NumPy raise many kinds for a damaged file
         raise UserError(f"{path} cannot be read ({error}); restore it") from None
+
+
+def _read_array(path: Path) -> Image.Image:
+    """The first three bands of an array of bytes, (H, W, at least 3); raises ValueError for another."""
+    array = np.load(path)
+    if array.ndim != 3 or array.shape[2] < 3:
+        raise ValueError(f"its shape is {array.shape}, not (height, width, at least 3 bands)")
+    bands = array[..., :3]
+    if not (np.isfinite(bands).all() and bands.min() >= 0 and bands.max() <= 255):
+        raise ValueError("its values do not lie in 0 to 255")
+    if bands.dtype.kind == "f" and 0 < bands.max() <= 1:  # as bytes they would be all black
+        raise ValueError("its values lie in 0 to 1, not in 0 to 255")
+    return Image.fromarray(bands.astype(np.uint8))
 
 
 def _binary(path: Path) -> Image.Image:

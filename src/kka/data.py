@@ -13,6 +13,7 @@ from kka.datasets.layout import Images
 from kka.datasets.native import Native
 from kka.datasets.task import Task
 from kka.errors import UserError
+from kka.files import sha256
 from kka.seeds import derive_seed
 from kka.semi_supervised import paper_setting, ratio_setting, solve_counts
 from kka.train_set import TrainSet
@@ -55,9 +56,29 @@ class Data:
 
 
 def digest_task(task: Task) -> tuple[str, ...]:
-    """Content digests of normals, generated and test images, and of known anomalies if there are any."""
+    """Content digests of normals, generated and test images, and of known anomalies if there are any.
+
+    Raises UserError if a generated image is a test image.
+    """
     parts = [task.normals, task.generated, task.test, *[task.known] * bool(len(task.known))]
-    return tuple(content_digest(part.paths) for part in parts)
+    digests = tuple(content_digest(part.paths) for part in parts)
+    refuse_test_images(task.generated, task.test)
+    return digests
+
+
+def refuse_test_images(anomalies: Images, test: Images) -> None:
+    """Raises UserError if an anomaly to train on has the content of a real test image.
+
+    Only files of one size are read. Known anomalies have left the test set and are none of these.
+    """
+    real = [path for path, generated in zip(test.paths, test.generated, strict=True) if not generated]
+    sizes = {path.stat().st_size for path in anomalies.paths} & {path.stat().st_size for path in real}
+    known = {sha256(path): path for path in real if path.stat().st_size in sizes}
+    for path in anomalies.paths:
+        if path.stat().st_size in sizes and (twin := known.get(sha256(path))):
+            raise UserError(
+                f"{path} is a test image, {twin}, and must not be trained on; give another --anomaly_path"
+            )
 
 
 def load_data(

@@ -25,7 +25,7 @@ from kka.datasets.layout import DataSetSpec, Images
 from kka.datasets.task import Choice, read_task
 from kka.draw import read_captions
 from kka.errors import UserError
-from kka.files import check_output, write_bytes
+from kka.files import check_writable, write_bytes
 from kka.language_models import LanguageModel, LanguageModelSettings, load_language_model
 from kka.prompts import generation_prompt, prompt_digest
 from kka.seeds import derive_seed
@@ -252,7 +252,7 @@ def check_settings(settings: CaptionSettings) -> None:
     if Path(settings.out).suffix != ".jsonl":
         raise UserError(f"--out {settings.out} must end in .jsonl; --text writes plain lines")
     if settings.text is not None:
-        check_output(Path(settings.text), "--text")
+        check_writable(Path(settings.text), "--text")
 
 
 def read_normals(settings: CaptionSettings, spec: DataSetSpec) -> Images:

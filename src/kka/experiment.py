@@ -18,7 +18,7 @@ from kka.detectors import build_detector, detector_name
 from kka.detectors.contract import DetectorSettings
 from kka.detectors.deep_sad_together import check_together
 from kka.errors import UserError
-from kka.files import write_json
+from kka.files import user_path, write_json
 from kka.metrics import deviation, format_interval, mean_interval
 from kka.options import ExperimentSettings, check_options
 from kka.results import load_weights
@@ -94,7 +94,7 @@ def choose_task(settings: ExperimentSettings, spec: DataSetSpec, root: Path) -> 
         category=settings.normal_class,
         n_known=settings.n_anomaly,
         known_kind=settings.know_class,
-        anomaly_path=Path(settings.anomaly_path).expanduser() if settings.anomaly_path else None,
+        anomaly_path=user_path(settings.anomaly_path) if settings.anomaly_path else None,
         n_anomalies=settings.n_anomalies,
         seed=settings.seed,
     )

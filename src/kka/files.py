@@ -34,15 +34,6 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         raise
 
 
-def check_output(path: Path, flag: str) -> None:
-    """Raises UserError where no file can be written, before the work whose result it is to hold."""
-    if path.is_dir():
-        raise UserError(f"{flag} {path} is a folder; name a file")
-    above = next(folder for folder in path.parents if folder.exists() or folder == folder.parent)
-    if not above.is_dir():
-        raise UserError(f"{flag} {path} cannot be written, as {above} is a file; name another")
-
-
 def _sync_folder(folder: Path) -> None:
     """Make a rename survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -81,6 +72,51 @@ def read_json(path: Path) -> Any:
 def is_number(value: object) -> bool:
     """Whether a JSON value is a finite number; NaN, which Python's JSON has, is none."""
     return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def user_path(text: str) -> Path:
+    """A path as it was typed, with ~ and ~name; raises UserError for a user who is not there."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(f"{text}: there is no home folder of that name; write the path out") from None
+
+
+def check_writable(path: Path, flag: str, folder: bool = False) -> None:
+    """Raises UserError unless `path` can be written, as a file or a folder; leaves nothing behind.
+
+    Before the work, so that no result is lost. A probe tells more than permissions: root has all of them,
+    and still cannot write into /proc.
+    """
+    try:
+        if folder and path.exists() and not path.is_dir():
+            raise UserError(f"{flag} {path} is a file; name a folder")
+        if not folder and path.is_dir():
+            raise UserError(f"{flag} {path} is a folder; name a file")
+        place = path if folder else path.parent
+        while not place.exists():
+            place = place.parent
+        if not place.is_dir():
+            raise UserError(
+                f"{flag} {path} cannot be written, because {place} is a file; choose another place"
+            )
+        with tempfile.NamedTemporaryFile(dir=place, prefix=f".{path.name}.", suffix=".tmp"):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{flag} {str(path)[:200]} cannot be written ({error.strerror}); choose another place"
+        ) from None
+
+
+def read_listed(listing: Path) -> set[str]:
+    """Names of the files beside `listing` that this program wrote; none without the list.
+
+    Raises UserError for a list of something else, so that nobody's file is taken for ours.
+    """
+    names = read_json(listing) if listing.exists() else []
+    if not isinstance(names, list) or not all(isinstance(n, str) and Path(n).name == n for n in names):
+        raise UserError(f"{listing} is no list of files of this program; choose another folder")
+    return set(names)
 
 
 def sha256(path: Path) -> str:

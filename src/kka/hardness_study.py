@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from kka.anomalies import MODES, PER_ROUND
-from kka.data import Data, build_train_set, load_data
+from kka.data import Data, build_train_set, load_data, refuse_test_images
 from kka.datasets import garden
 from kka.datasets.images import content_digest
 from kka.datasets.layout import ANOMALY_FOLDER, DataSetSpec, Images, read_class_folder
@@ -27,7 +26,7 @@ from kka.datasets.task import Choice, Task, read_anomalies, read_task
 from kka.detectors import build_detector, detector_name
 from kka.detectors.contract import Detector, DetectorSettings
 from kka.errors import TrainingError, UserError
-from kka.files import read_json, write_json
+from kka.files import read_json, user_path, write_json
 from kka.hardness import RULES, Pool, leaving
 from kka.metrics import auroc
 from kka.networks.backbones import content_of_weights
@@ -38,6 +37,7 @@ from kka.runs import LOG, RESULTS, ROOT, claim, fingerprint, locked, write_confi
 from kka.seeds import derive_seed
 from kka.settings import option
 from kka.split import easy_anomalies, hard_anomalies, hardness_threshold
+from kka.update import MODES, PER_ROUND
 
 CROSSFIT = "hard-crossfit"  # the only rule that needs trainings of its own
 SELECTIONS = (*RULES, CROSSFIT)
@@ -131,7 +131,9 @@ class Study:
     @cached_property
     def task(self) -> Task:
         """Normals, and the real images of the test."""
-        return read_task(self.spec, self.root, Choice(normal_classes=self.normal_classes, n_anomalies=0))
+        category = self.settings.normal_class  # of mvtec, whose classes are folders of their own
+        choice = Choice(normal_classes=self.normal_classes, category=category, n_anomalies=0)
+        return read_task(self.spec, self.root, choice)
 
     @property
     def _drawn(self) -> bool:
@@ -146,7 +148,9 @@ class Study:
             garden.draw_anomalies(self.folder / "drawn", s.seed, N_DRAWN)
             return read_anomalies(self.folder / "drawn" / str(ANOMALY_FOLDER), self.spec)
         if s.anomaly_path:
-            return read_anomalies(Path(s.anomaly_path).expanduser(), self.spec)
+            given = read_anomalies(user_path(s.anomaly_path), self.spec, "give another --anomaly_path")
+            refuse_test_images(given, self.task.test)
+            return given
         return read_candidates(self.spec, self.root, self.task.normals)
 
     @cached_property
@@ -165,7 +169,7 @@ class Study:
         """The run folder."""
         s = self.settings
         if s.xp_path:
-            return Path(s.xp_path).expanduser()
+            return user_path(s.xp_path)
         normal = "_".join(map(str, self.normal_classes or self.spec.normal_classes)) or "good"
         digest = fingerprint([self._place_free, detector_name(self.detector), asdict(self.detector)])[:6]
         return ROOT / "log" / self.spec.name / f"hardness_{normal}_seed{s.seed}_{digest}"

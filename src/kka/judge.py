@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kka.anomalies import MANIFEST, MODES, PER_ROUND, Updated, live, read_items, record_split, update
+from kka.anomalies import MANIFEST, live, read_items, record_split
 from kka.datasets import get_spec
 from kka.datasets.layout import DataSetSpec
 from kka.datasets.task import read_anomalies
@@ -21,6 +21,7 @@ from kka.seeds import derive_seed
 from kka.settings import option
 from kka.split import easy_anomalies, hard_anomalies
 from kka.trained import open_run, views
+from kka.update import MODES, PER_ROUND, Updated, update
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 from kka.errors import UserError
-from kka.files import read_json, sha256
+from kka.files import read_json, sha256, user_path
 from kka.seeds import derive_seed
 from kka.settings import option
 
@@ -247,7 +247,7 @@ def load_pretrained(loader: Any, model: str, **options: Any) -> Any:
 
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
-    folder = Path(model).expanduser()
+    folder = user_path(model)
     if not folder.is_dir() and (folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1):
         raise UserError(f"--model {model} does not exist; give the folder of a model or its id on the hub")
     source = str(folder) if folder.is_dir() else model

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
-from kka.anomalies import MODES, PER_ROUND
 from kka.detectors.frozen import FrozenSettings
 from kka.drawers import DrawerSettings
 from kka.errors import UserError
@@ -15,6 +14,7 @@ from kka.pairs import PairSettings
 from kka.preference_trainer import TuneSettings
 from kka.settings import option
 from kka.tracking import HELP as REPORT_TO
+from kka.update import MODES, PER_ROUND
 
 REPRESENTATIVES, RANDOM = "representatives", "random"
 FRESH = "fresh"

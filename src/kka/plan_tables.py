@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kka import paper
-from kka.anomalies import MODES
 from kka.command_line import DEFAULT_DETECTOR
 from kka.datasets import get_spec
 from kka.datasets.layout import DataSetSpec
@@ -16,6 +15,7 @@ from kka.plans import Experiment, Plan, flags_of, to_words
 from kka.settings import build_parser, make_settings
 from kka.sweep import Job
 from kka.tables import Cell
+from kka.update import MODES
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from kka.anomalies import MODES
 from kka.command_line import DEFAULT_DETECTOR, DetectorChoice
 from kka.datasets import garden, get_spec
 from kka.datasets.layout import DataSetSpec
@@ -23,6 +22,7 @@ from kka.runs import ROOT, fingerprint
 from kka.settings import build_parser, option
 from kka.stand_ins import GARDEN_LOOP
 from kka.sweep import Job
+from kka.update import MODES
 
 Flags = dict[str, list[str]]
 """name of a flag, without its dashes, and its words"""

@@ -16,9 +16,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kka.datasets.images import read_like, test_view
-from kka.datasets.layout import IMAGE_SUFFIXES
+from kka.datasets.layout import is_side_file
 from kka.errors import UserError
-from kka.files import write_bytes, write_json
+from kka.files import check_writable, user_path, write_bytes, write_json
 from kka.settings import option
 from kka.trained import Trained
 
@@ -87,25 +87,22 @@ def check_settings(settings: PredictSettings) -> None:
         value = getattr(s, name)
         if value is not None and not value.lower().endswith(endings):
             raise UserError(f"--{name} must end in {' or '.join(endings)}, it is {value!r}")
-        if value is not None and Path(value).expanduser().is_dir():
-            raise UserError(f"--{name} {value} is a folder; name a file")
-        if value is not None and Path(value).expanduser().exists() and not s.overwrite:
-            raise UserError(f"--{name} {value} exists; choose another name or give --overwrite")
-    maps = Path(s.maps).expanduser() if s.maps is not None else None
-    if maps is not None and maps.exists() and not maps.is_dir():
-        raise UserError(f"--maps {s.maps} is a file; name a folder")
-    if maps is not None and maps.exists() and any(maps.iterdir()) and not s.overwrite:
-        raise UserError(f"--maps {s.maps} holds files; choose another folder or give --overwrite")
+        if value is not None:
+            check_writable(user_path(value), f"--{name}")
+            if user_path(value).exists() and not s.overwrite:
+                raise UserError(f"--{name} {value} exists; choose another name or give --overwrite")
 
 
 def find_images(words: Sequence[str]) -> list[Path]:
-    """Files, image files below folders (hidden ones are passed over), and what patterns match; each once.
+    """Files, those below folders (hidden ones and text are passed over), and what patterns match; each once.
 
     A file that is named is taken whatever it is called. Raises UserError for a word without any image.
     """
     paths: dict[Path, None] = {}
     for word in words:
-        place = Path(word).expanduser()
+        if not word:  # which Path takes for the current folder
+            raise UserError("one of IMAGES is an empty word; name image files, folders or patterns")
+        place = Path(word) if os.path.lexists(word) else user_path(word)
         matches = [place] if os.path.lexists(place) else map(Path, glob.glob(str(place), recursive=True))
         found = [path for match in sorted(matches) for path in _images_at(match)]
         if not found:
@@ -115,14 +112,16 @@ def find_images(words: Sequence[str]) -> list[Path]:
 
 
 def _images_at(place: Path) -> list[Path]:
-    """The file itself, or the images below a folder in order of their paths."""
+    """The file itself, or the files below a folder in order of their paths.
+
+    All but known side files: an image type that cannot be read must be named as skipped.
+    """
     if not place.is_dir():
         return [place]
     found = []
     for folder, folders, names in os.walk(place, onerror=_unreadable):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        visible = (Path(folder, name) for name in names if not name.startswith("."))
-        found += [path for path in visible if path.suffix.lower() in IMAGE_SUFFIXES]
+        found += [path for path in (Path(folder, name) for name in names) if not is_side_file(path)]
     return sorted(found)
 
 
@@ -192,7 +191,7 @@ def to_table(predictions: Sequence[Prediction]) -> str:
     """The highest scores first, and how many are anomalous."""
     ranked = sorted(predictions, key=lambda prediction: -prediction.score)
     lines = [f"{'score':>12}  decision   image"]
-    lines += [f"{p.score:12.6g}  {p.decision:<9}  {printable(p.path)}" for p in ranked[:SHOWN]]
+    lines += [f"{p.score:12.6g}  {p.decision:<9}  {one_line(p.path)}" for p in ranked[:SHOWN]]
     if len(ranked) > SHOWN:
         lines.append(f"{'...':>12}  and {len(ranked) - SHOWN} more, which --out writes all")
     n = sum(p.decision == "anomalous" for p in ranked)
@@ -205,3 +204,8 @@ def to_table(predictions: Sequence[Prediction]) -> str:
 def printable(path: Path) -> str:
     """A path as valid text, whatever bytes its name has."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def one_line(path: Path) -> str:
+    """The same without line breaks and what else would change the screen."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in printable(path))

@@ -23,7 +23,7 @@ from kka.detectors.contract import Detector, DetectorSettings
 from kka.detectors.deep_sad_together import Training, fit_together
 from kka.detectors.pseudo_anomalies import content_of_textures
 from kka.errors import UserError
-from kka.files import read_json, write_json
+from kka.files import read_json, user_path, write_json
 from kka.journal import Journal
 from kka.metrics import auroc
 from kka.networks.backbones import content_of_weights
@@ -90,7 +90,7 @@ class Run:
         """The run folder; several seeds of one experiment share a parent."""
         s = self.settings
         if s.xp_path is not None:
-            folder = Path(s.xp_path).expanduser()
+            folder = user_path(s.xp_path)
         else:
             folder = ROOT / "log" / self.spec.name / (s.name or self._default_name())
         return folder / f"seed_{s.seed}" if s.runs > 1 else folder

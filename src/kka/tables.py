@@ -9,7 +9,7 @@ from typing import Any
 
 from kka.differences import describe_runs, mixed_settings
 from kka.errors import UserError
-from kka.files import write_bytes, write_json
+from kka.files import read_json, write_bytes, write_json
 from kka.finished import COST, Finished, n_anomalies, read_finished, value_of
 from kka.metrics import deviation, format_interval, mean_interval
 from kka.sweep import Job
@@ -133,8 +133,19 @@ def cell_text(values: Sequence[float], asked: int, scale: float = 100) -> str:
     return text if len(values) == asked else text.replace(")", f" of {asked})")
 
 
+def refuse_foreign(out: Path) -> None:
+    """Raises UserError if a file that `write_table` would replace is no part of a table of ours."""
+    files = [
+        path for path in (Path(f"{out}.{kind}") for kind in ("json", "md", "csv", "tex")) if path.exists()
+    ]
+    table = read_json(files[0]) if files and files[0].suffix == ".json" else None
+    if files and not (isinstance(table, dict) and {"title", "columns", "rows", "notes"} <= table.keys()):
+        raise UserError(f"--out {out}: {files[0]} is no table of this program; choose another name")
+
+
 def write_table(table: dict[str, Any], out: Path) -> None:
-    """Write <out>.json, .md, .csv and .tex."""
+    """Write <out>.json, .md, .csv and .tex; raises UserError if one of them is somebody else's."""
+    refuse_foreign(out)
     write_json(Path(f"{out}.json"), table, indent=1)
     for suffix, convert in {"md": to_markdown, "csv": to_csv, "tex": to_latex}.items():
         write_bytes(Path(f"{out}.{suffix}"), convert(table).encode())

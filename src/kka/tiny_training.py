@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from kka.errors import TrainingError, UserError
-from kka.files import read_json, write_bytes, write_json
+from kka.files import read_json, user_path, write_bytes, write_json
 from kka.journal import Journal
 from kka.runs import claim, compare, fingerprint, locked, machine, write_config
 from kka.settings import option, to_json
@@ -108,8 +108,8 @@ def check_positive(settings: Any, *names: str) -> None:
 def _folders(output: OutputSettings) -> tuple[Path, Path]:
     if not output.out:
         raise UserError("--out DIR is needed: the folder of the checkpoint; see --help")
-    out = Path(output.out).expanduser()
-    work = Path(output.work).expanduser() if output.work else out.with_name(out.name + ".training")
+    out = user_path(output.out)
+    work = user_path(output.work) if output.work else out.with_name(out.name + ".training")
     if out.resolve() == work.resolve():
         raise UserError(f"--work and --out are the same folder, {out}; choose another one for --work")
     for flag, folder in (("out", out), ("work", work)):

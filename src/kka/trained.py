@@ -1,6 +1,7 @@
 """A trained detector, found by a path and checked: what scores new images."""
 
 import logging
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,4 +122,6 @@ def _check_card(card: Any) -> None:
         raise UserError(f"{MODEL_CARD} is of version {version}, this program reads {MODEL_VERSION}")
     if card["detector"] not in DETECTORS:
         raise UserError(f"there is no detector {card['detector']!r}")
+    if not math.isfinite(card["threshold"]):
+        raise UserError(f"its threshold is {card['threshold']}")
     check_keys(card["settings"], DETECTORS[card["detector"]][0])

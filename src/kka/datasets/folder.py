@@ -5,7 +5,7 @@ Each of these folders may hold `captions.json`: {file name: caption or list of c
 
 from pathlib import Path
 
-from kka.datasets.layout import ANOMALY_FOLDER, DataSetSpec, Images, list_images
+from kka.datasets.layout import ANOMALY_FOLDER, DataSetSpec, Images, list_images, refuse_others
 from kka.errors import UserError
 from kka.files import read_json
 
@@ -44,6 +44,7 @@ def read_folder(root: Path) -> tuple[Images, Images]:
 
 def read_kind(folder: Path, target: int) -> Images:
     """All images of one folder, sorted by name, with their captions if there are any."""
+    refuse_others(folder)
     paths = tuple(list_images(folder))
     if not paths:
         raise UserError(f"{folder} holds no images")

@@ -9,6 +9,7 @@ import hashlib
 import logging
 import math
 import os
+import stat
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,7 +27,7 @@ from kka.datasets.native import Native, common_native, native_of
 from kka.errors import UserError
 from kka.files import write_bytes
 
-CACHE_VERSION = 1  # of the decoding below; another version does not read older caches
+CACHE_VERSION = 2  # of the decoding below; another version does not read older caches
 MAX_WORKING_SIDE = 128  # for a detector of up to 49 px
 SMALLEST_CROP = math.sqrt(0.2 * 3 / 4)  # of a side
 MAX_PIXELS = 64_000_000  # a larger picture is taken for a decompression bomb
@@ -122,11 +123,16 @@ def read_image(path: Path) -> Image.Image:
         if picture.width * picture.height > MAX_PIXELS:
             size = f"{picture.width} x {picture.height}"
             raise UnreadableImageError(f"{path} has {size} pixels, more than {MAX_PIXELS}; shrink it")
+        if picture.mode in ("I", "F"):  # Pillow would cut them off at 255, and 0 to 1 would be all black
+            raise UnreadableImageError(
+                f"{path} has 32 bits per channel, and nothing says which value is white; "
+                "save it with 8 bits per channel"
+            )
         if picture.mode.startswith("I;16"):
             log.warning("%s has 16 bits per channel; values above 255 become white", path)
         try:
             return ImageOps.exif_transpose(picture).convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
+        except Exception as error:  # Pillow raises many kinds for a damaged file
             raise UnreadableImageError(f"{path} is damaged ({error}); restore it") from None
 
 
@@ -137,10 +143,21 @@ def cache_folder() -> Path:
 
 
 def _open(path: Path) -> Image.Image:
+    if _is_special(path):
+        raise UnreadableImageError(f"{path} is no regular file; remove it")
     try:
         return Image.open(path)
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
+    except Exception as error:  # Pillow raises many kinds for a damaged file
         raise UnreadableImageError(f"{path} is no readable image ({error}); restore it") from None
+
+
+def _is_special(path: Path) -> bool:
+    """Whether it is a pipe or a device, which could be waited for without end."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def _decode_all(
@@ -212,6 +229,8 @@ def content_digest(paths: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     try:
         for path in paths:
+            if _is_special(path):
+                raise UserError(f"{path} is no regular file; remove it")
             digest.update(hashlib.sha256(path.read_bytes()).digest())
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read ({error.strerror})") from None

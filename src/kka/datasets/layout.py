@@ -7,7 +7,19 @@ from pathlib import Path, PurePosixPath
 from kka.errors import UserError
 from kka.files import read_json, write_json
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm"})
+IMAGE_SUFFIXES = frozenset(
+    {
+        ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm",
+        ".jp2",
+    }
+)  # fmt: skip
+SIDE_SUFFIXES = frozenset(
+    {
+        ".txt", ".md", ".rst", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".xmp", ".yaml", ".yml", ".html",
+        ".htm", ".pdf", ".ini", ".log", ".db", ".md5", ".sha256",
+    }
+)  # fmt: skip
+SIDE_NAMES = ("readme", "licen", "copying", "checksum")  # how those without suffix begin
 ANOMALY_FOLDER = 0  # the class id of the generated anomalies
 NAME_LIST = {"train": "image.json", "test": "image_test.json"}
 
@@ -129,6 +141,27 @@ def list_images(folder: Path) -> list[Path]:
     return sorted(
         p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")
     )
+
+
+def is_side_file(path: Path) -> bool:
+    """Whether a file is known to lie beside images: hidden ones, text, captions, Thumbs.db."""
+    suffix, name = path.suffix.lower(), path.name.lower()
+    return name.startswith(".") or suffix in SIDE_SUFFIXES or (not suffix and name.startswith(SIDE_NAMES))
+
+
+def refuse_others(folder: Path, pattern: str = "*", known: Sequence[str] = ()) -> None:
+    """Raises UserError for a file that is neither an image nor a side file: nobody's images are passed over.
+
+    Only files that match `pattern` count; `known` are suffixes that the caller reads itself.
+    """
+    read = {*IMAGE_SUFFIXES, *known}
+    files = (p for p in folder.iterdir() if p.match(pattern) and not (p.is_dir() or is_side_file(p)))
+    others = sorted(path.name for path in files if path.suffix.lower() not in read)
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        raise UserError(
+            f"{folder} holds {others[0]!r}{more}, whose type is not read; convert it to PNG or remove it"
+        )
 
 
 def _read_strings(path: Path) -> list[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from kka.datasets import garden
 from kka.datasets.layout import DataSetSpec
 from kka.errors import UserError
+from kka.files import user_path
 from kka.prepare import PARTIAL, prepare
 from kka.runs import ROOT
 
@@ -19,7 +20,7 @@ def data_root(spec: DataSetSpec, data_path: str | None) -> Path:
 
     Raises UserError that says what to fetch from where, and that the garden needs nothing.
     """
-    root = Path(data_path).expanduser() if data_path is not None else ROOT / "data" / spec.name
+    root = user_path(data_path) if data_path is not None else ROOT / "data" / spec.name
     if data_path is not None:
         if not root.is_dir():
             raise UserError(

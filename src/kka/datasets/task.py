@@ -16,6 +16,7 @@ from kka.datasets.layout import (
     UserDict,
     list_images,
     read_class_folder,
+    refuse_others,
 )
 from kka.errors import UserError
 from kka.files import read_json
@@ -94,15 +95,15 @@ def read_task(spec: DataSetSpec, root: Path, choice: Choice) -> Task:
     if ANOMALY_FOLDER in folders[1]:
         test += everything
     index = _choose(len(everything), choice) if ANOMALY_FOLDER in folders[0] else ()
-    test, known = hold_known(test, choice)
+    test, known = hold_known(test, choice, root)
     return Task(normals, everything.take(index), index, test, known)
 
 
-def hold_known(test: Images, choice: Choice) -> tuple[Images, Images]:
+def hold_known(test: Images, choice: Choice, root: Path) -> tuple[Images, Images]:
     """The test set without the anomalies that are known, and these; drawn at random by the seed.
 
     General setting: from all kinds. Hard setting: from one kind, of which none stays in the test set.
-    Raises UserError if there are too few of them, or no such kind.
+    Raises UserError if there are too few of them, no such kind, or none would be left to test on.
     """
     if choice.n_known == 0:
         return test, Images()
@@ -113,13 +114,18 @@ def hold_known(test: Images, choice: Choice) -> tuple[Images, Images]:
         kinds = ", ".join(dict.fromkeys(test.classes[i] for i in real))
         raise UserError(f"--know_class {kind!r}: the test set has no such anomalies; it has {kinds}")
     if choice.n_known > len(rows):
+        of_kind, most = (f" of kind {kind}", len(rows)) if kind else ("", len(rows) - 1)
         raise UserError(
-            f"--n_anomaly {choice.n_known}: the test set has only {len(rows)} anomalies"
-            + (f" of kind {kind}" if kind else "")
+            f"--n_anomaly {choice.n_known}: the test set of {root} has only {len(rows)} anomalies{of_kind}; "
+            f"give at most {max(most, 0)}"
         )
     chosen = np.random.default_rng([choice.seed, len(rows), 1]).choice(rows, choice.n_known, replace=False)
     gone = set(rows) if kind is not None else set(chosen.tolist())
     left = [i for i in range(len(test)) if i not in gone]
+    if not any(test.targets[i] for i in left):
+        flag = f"--n_anomaly {choice.n_known}" if kind is None else f"--know_class {kind!r}"
+        remedy = "give a smaller number" if kind is None else "leave it out"
+        raise UserError(f"{flag} leaves no anomaly in the test set of {root} to test on; {remedy}")
     return test.take(left), test.take(sorted(chosen.tolist()))
 
 
@@ -139,25 +145,24 @@ def resolve_folders(spec: DataSetSpec, choice: Choice) -> tuple[UserDict, tuple[
     return {0: training, 1: training if choice.iterate else default[1]}, choice.normal_classes
 
 
-def read_anomalies(folder: Path, spec: DataSetSpec) -> Images:
+ADVICE = "fill it with create/, give another --anomaly_path, or train without with --n_anomalies 0"
+
+
+def read_anomalies(folder: Path, spec: DataSetSpec, advice: str = ADVICE) -> Images:
     """Generated anomalies in the order of `image.json`, or of their names where that list is missing.
 
     Raises UserError if the folder does not exist or is empty.
     """
     if not folder.is_dir():
-        raise UserError(
-            f"there is no folder {folder} with generated anomalies; make them with create/, "
-            "give another one with --anomaly_path, or train without with --n_anomalies 0"
-        )
+        raise UserError(f"there is no folder {folder} with generated anomalies; {advice}")
     if (folder / NAME_LIST["train"]).exists():
         images = read_class_folder(folder, "train", 1, spec, class_name=str(ANOMALY_FOLDER))
     else:
+        refuse_others(folder)
         paths = tuple(list_images(folder))
         images = Images(paths, (1,) * len(paths), (str(ANOMALY_FOLDER),) * len(paths), ((),) * len(paths))
     if not len(images):
-        raise UserError(
-            f"{folder} holds no images; fill it with create/ or train without with --n_anomalies 0"
-        )
+        raise UserError(f"{folder} holds no images; {advice}")
     return images
 
 

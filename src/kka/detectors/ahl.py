@@ -28,7 +28,14 @@ from kka.detectors.ahl_steps import (
     official_errors,
     query_gradient,
 )
-from kka.detectors.ahl_tasks import FeatureBank, Task, bank_labels, cluster_normals, make_tasks
+from kka.detectors.ahl_tasks import (
+    FeatureBank,
+    Task,
+    bank_labels,
+    check_clusters,
+    cluster_normals,
+    make_tasks,
+)
 from kka.detectors.contract import Evaluate
 from kka.detectors.deviation import DevNetHeads, DRAHeads, Groups, draw_prior, find_groups
 from kka.detectors.devnet import DECAY_EVERY, MAX_NORM, DevNet, DevNetSettings
@@ -144,6 +151,8 @@ class AHL:
         """
         journal, s = journal or Journal(), self.settings
         groups = find_groups(train, s.generated_as == "pseudo")
+        if s.n_epochs:
+            check_clusters(len(groups.normals), s.n_clusters)
         if not self.warm_start:
             self.base.fit_phase("base", train, journal)
             self._renew_heads()

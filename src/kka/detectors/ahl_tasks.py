@@ -82,15 +82,25 @@ class FeatureBank:
         return [torch.from_numpy(array[rows.numpy()]).to(device).float() for array in self.arrays]
 
 
+def check_clusters(n_normals: int, n_clusters: int) -> None:
+    """Raises UserError for normals that no clustering can divide into tasks; told before any training."""
+    if n_normals < n_clusters:
+        raise UserError(
+            f"--n_clusters {n_clusters}: there are only {n_normals} normal images; lower it or add some"
+        )
+    if n_normals < 2 * SMALLEST_CLUSTER:
+        raise UserError(
+            f"there are only {n_normals} normal images, and two clusters of {SMALLEST_CLUSTER} are needed; "
+            "add some"
+        )
+
+
 def cluster_normals(features: np.ndarray, n_clusters: int, seed: int) -> list[int]:
     """k-means on flattened features; clusters that are too small get the number -1. (N, ...) -> N numbers.
 
     Raises UserError for fewer normals than clusters, or if fewer than two clusters remain.
     """
-    if len(features) < n_clusters:
-        raise UserError(
-            f"--n_clusters {n_clusters}: there are only {len(features)} normal images; lower it or add some"
-        )
+    check_clusters(len(features), n_clusters)
     means = KMeans(n_clusters, n_init=10, random_state=derive_seed(seed, "clusters") % 2**32)
     numbers = means.fit_predict(features.reshape(len(features), -1).astype(np.float32))
     sizes = np.bincount(numbers, minlength=n_clusters)

@@ -16,6 +16,7 @@ from kka.augment import to_unit
 from kka.datasets.images import content_digest, decode
 from kka.datasets.layout import list_images
 from kka.errors import UserError
+from kka.files import user_path
 from kka.train_set import TrainSet
 
 PATCH_AREA = (0.02, 0.15)  # share of the image
@@ -156,7 +157,7 @@ def change_texture(texture: Tensor, stream: Generator) -> Tensor:
 
 def texture_files(folder: str) -> list[Path]:
     """The images of a folder and its subfolders; raises UserError if there are none."""
-    place = Path(folder).expanduser()
+    place = user_path(folder)
     if not place.is_dir():
         raise UserError(f"--texture_dir {folder} is no folder; leave it out for procedural textures")
     inside = sorted(path for path in place.rglob("*") if path.is_dir())

@@ -17,7 +17,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 from kka.augment import normalize, to_unit
 from kka.datasets.images import MAX_PIXELS
 from kka.errors import UserError
-from kka.files import sha256
+from kka.files import sha256, user_path
 from kka.seeds import seeded
 from kka.settings import option
 
@@ -116,7 +116,7 @@ class Backbone(nn.Module):
             self._take(download_weights(s.backbone), "torchvision's weights")
         else:
             self._take(
-                read_weights(Path(s.backbone_weights).expanduser()),
+                read_weights(user_path(s.backbone_weights)),
                 f"--backbone_weights {s.backbone_weights}",
             )
 
@@ -243,7 +243,7 @@ def content_of_weights(settings: Any) -> dict[str, str]:
     Raises UserError if the file does not exist.
     """
     given = getattr(settings, "backbone_weights", None)
-    return {"backbone_weights": sha256(_check_file(Path(given).expanduser()))[:12]} if given else {}
+    return {"backbone_weights": sha256(_check_file(user_path(given)))[:12]} if given else {}
 
 
 def _check_file(path: Path) -> Path:

@@ -1,6 +1,6 @@
 """Every figure of a report: its file, its title, how it is drawn, and what it shows in words."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,12 +8,15 @@ import numpy as np
 
 from kka.errors import UserError
 from kka.figures import charts, images
+from kka.files import read_listed, write_json
 from kka.metrics import format_interval
 from kka.report import data
 from kka.report.sources import FinishedRun, Group, LoopRecord
 from kka.report.tables import Table
 
 MAX_PANELS = 4
+LISTING = "figures.json"  # which files of the folder are figures: only they are ever replaced or removed
+KINDS = ("png", "pdf")
 
 
 @dataclass(frozen=True)
@@ -80,21 +83,45 @@ Drawn = tuple[str, str]
 
 
 def draw_all(material: Material, out: Path) -> tuple[list[Figure], list[LeftOut]]:
-    """Draw what the material has data for; files of an earlier report that are not drawn now are removed."""
+    """Draw what the material has data for; files of an earlier report that are not drawn now are removed.
+
+    Raises UserError before anything is drawn if a file that is no figure of ours has the name of one.
+    """
     figures, left_out = [], []
     chosen = RUN_FIGURES
     if material.tables:
         chosen = SIZE_FIGURES if data.table_sizes(material.tables[0]) else TABLE_FIGURES
+    listed = _claim(out, chosen)
     for stem, (title, shape, draw) in chosen.items():
         try:
             description, summary = draw(material, out / stem)
         except (data.NoDataError, UserError) as error:
             left_out.append(LeftOut(title, str(error)))
-            for kind in ("png", "pdf"):
-                (out / f"{stem}.{kind}").unlink(missing_ok=True)
+            for name in _files(stem):
+                (out / name).unlink(missing_ok=True)
+            listed -= _files(stem)
         else:
             figures.append(Figure(stem, title, description, summary, shape))
+    write_json(out / LISTING, sorted(listed))
     return figures, left_out
+
+
+def _files(stem: str) -> set[str]:
+    return {f"{stem}.{kind}" for kind in KINDS}
+
+
+def _claim(out: Path, stems: Iterable[str]) -> set[str]:
+    """List the names of all figures as ours, and return that list."""
+    names = set().union(*map(_files, stems))
+    if (out / LISTING).exists() or not (out / "index.html").exists():
+        listed = read_listed(out / LISTING)
+    else:
+        listed = names  # a report made before there was a list
+    foreign = sorted(name for name in names - listed if (out / name).exists())
+    if foreign:
+        raise UserError(f"{out / foreign[0]} is no figure of a report; choose another folder with --out")
+    write_json(out / LISTING, sorted(listed | names))
+    return listed | names
 
 
 def _anomalies(material: Material, path: Path) -> Drawn:
