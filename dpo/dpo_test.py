@@ -18,7 +18,7 @@ from kka.clean import Cleaner
 from kka.datasets import get_spec
 from kka.describe import CaptionSettings, read_normals
 from kka.errors import UserError, run_script
-from kka.files import check_writable, read_json, write_json
+from kka.files import check_writable, read_json, user_path, write_json
 from kka.language_models import LanguageModelSettings, load_language_model
 from kka.metrics import mean_interval
 from kka.pairs import Pairs, PairSettings, read_pairs
@@ -56,7 +56,7 @@ def main() -> None:
     prompt = settings.prompt or (pairs.prompt if pairs else None)
     if prompt is None:
         raise UserError("--prompt TEXT or --pairs FILE is needed; see --help")
-    out = Path(settings.out or Path(llm.adapter) / "dpo_test.json").expanduser()
+    out = user_path(settings.out or Path(llm.adapter) / "dpo_test.json")
     check_writable(out, "--out")
     normals = normal_captions(settings)
     answers = {}

@@ -16,7 +16,7 @@ from typing import Any
 from kka.datasets import get_spec
 from kka.datasets.layout import ANOMALY_FOLDER
 from kka.errors import UserError, run_script
-from kka.files import read_json
+from kka.files import read_json, user_path
 from kka.language_models import DEFAULT_MODEL
 from kka.pairs import Pairs, PairSettings, build_pairs, read_pairs
 from kka.preference_trainer import TuneSettings
@@ -66,8 +66,8 @@ def main() -> None:
     check_source(settings, flags)
     pairs = load_pairs(settings, make_settings(PairSettings, flags), tune_settings.seed)
     log.info("pairs: %s", ", ".join(f"{key} {n}" for key, n in pairs.counts.items()))
-    adapter = Path(settings.adapter).expanduser() if settings.adapter else None
-    out = Path(settings.out).expanduser()
+    adapter = user_path(settings.adapter) if settings.adapter else None
+    out = user_path(settings.out)
     report(out, tune(settings.model, pairs, out, tune_settings, adapter, settings.overwrite))
 
 
@@ -77,7 +77,7 @@ def check_source(settings: Settings, flags: Mapping[str, Any]) -> None:
     for name in idle:
         if name in flags:
             raise UserError(f"--{name} has no effect on the pairs of --{source}; leave it out")
-    if settings.run and not (Path(settings.run).expanduser() / HARD).is_file():
+    if settings.run and not (user_path(settings.run) / HARD).is_file():
         raise UserError(
             f"--run {settings.run} is no finished run ({HARD} is missing); give the folder of one that has "
             "split generated anomalies, by src/main.py"
@@ -89,7 +89,7 @@ def load_pairs(settings: Settings, pair_settings: PairSettings, seed: int) -> Pa
     if settings.pairs:
         held = Path(settings.validation_pairs) if settings.validation_pairs else None
         return read_pairs(Path(settings.pairs), pair_settings, seed, held)
-    run = Path(settings.run or "").expanduser()
+    run = user_path(settings.run or "")
     name, folder = settings.dataset_name, settings.anomaly_path and Path(settings.anomaly_path)
     if (run / CONFIG).exists():
         recorded = read_json(run / CONFIG)["settings"]

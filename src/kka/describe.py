@@ -25,7 +25,7 @@ from kka.datasets.layout import DataSetSpec, Images
 from kka.datasets.task import Choice, read_task
 from kka.draw import read_captions
 from kka.errors import UserError
-from kka.files import check_writable, write_bytes
+from kka.files import check_writable, user_path, write_bytes
 from kka.language_models import LanguageModel, LanguageModelSettings, load_language_model
 from kka.prompts import generation_prompt, prompt_digest
 from kka.seeds import derive_seed
@@ -234,7 +234,7 @@ def find_examples(settings: CaptionSettings, normals: Images, flag: str = "--n_c
         return choose_examples(normals.captions, n, settings.seed)
     from kka.represent import representatives
 
-    chosen = representatives(Path(settings.run).expanduser(), normals, n, settings.seed, flag)
+    chosen = representatives(user_path(settings.run), normals, n, settings.seed, flag)
     return choose_examples([normals.captions[i] for i in chosen], n, settings.seed)
 
 

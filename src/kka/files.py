@@ -74,7 +74,7 @@ def is_number(value: object) -> bool:
     return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
 
 
-def user_path(text: str) -> Path:
+def user_path(text: str | Path) -> Path:
     """A path as it was typed, with ~ and ~name; raises UserError for a user who is not there."""
     try:
         return Path(text).expanduser()

@@ -13,7 +13,7 @@ from kka.datasets.layout import DataSetSpec
 from kka.datasets.task import read_anomalies
 from kka.errors import UserError
 from kka.experiment import find_device
-from kka.files import read_json
+from kka.files import read_json, user_path
 from kka.results import EASY, HARD, MODEL_CARD, Scored, read_rows, write_split
 from kka.run import load_detector
 from kka.runs import CONFIG, RESULTS
@@ -55,7 +55,7 @@ def update_anomalies(settings: UpdateSettings) -> tuple[Updated, float]:
         if not getattr(s, name):
             raise UserError(f"--{name} DIR is needed; see --help")
     run, current, fresh, out = (
-        Path(place).expanduser() for place in (s.run, s.anomaly_path, s.fresh, s.out) if place
+        user_path(place) for place in (s.run, s.anomaly_path, s.fresh, s.out) if place
     )
     if not (run / RESULTS).exists():
         raise UserError(f"--run {run} is no finished run; train it with src/main.py")

@@ -27,7 +27,7 @@ from kka.detectors.frozen import FrozenSettings
 from kka.draw import ImageSettings, draw_captions, read_captions
 from kka.drawers import DrawerSettings, build_drawer
 from kka.errors import UserError
-from kka.files import read_json, write_json
+from kka.files import read_json, user_path, write_json
 from kka.judge import (
     UpdateSettings,
     hard_share,
@@ -277,7 +277,7 @@ class Loop:
     def _adapter(self, k: int) -> Path | None:
         """The newest adapter up to round k; before the first tuning the one that was given."""
         made = [j for j in range(1, k + 1) if (self.place(j, "adapter") / TUNED).exists()]
-        given = Path(self.llm.adapter).expanduser() if self.llm.adapter else None
+        given = user_path(self.llm.adapter) if self.llm.adapter else None
         return self.place(made[-1], "adapter") if made else given
 
     @property

@@ -13,7 +13,7 @@ from kka.drawers import build_drawer, check_drawer
 from kka.errors import UserError
 from kka.figures.charts import score_unit
 from kka.figures.images import Row, Shown
-from kka.files import read_json, sha256, write_bytes, write_json
+from kka.files import read_json, sha256, user_path, write_bytes, write_json
 from kka.language_models import load_language_model
 from kka.loop import Loop, describe_settings
 from kka.loop_settings import RANDOM, REPRESENTATIVES, flags_of
@@ -50,7 +50,7 @@ def identity_of(loop: Loop) -> dict[str, Any]:
     settings = describe_settings(loop) | content_of_weights(loop.detector)
     evaluator = content_of_weights(loop.evaluator)
     settings |= {f"evaluator_{key}": value for key, value in evaluator.items()}
-    adapter = Path(loop.llm.adapter or "").expanduser() / WEIGHTS
+    adapter = user_path(loop.llm.adapter or "") / WEIGHTS
     if adapter.is_file():
         settings["llm_adapter"] = sha256(adapter)
     return {key: value for key, value in settings.items() if key not in PLACE and not key.endswith("_device")}
@@ -207,7 +207,7 @@ def check_parts(loop: Loop) -> None:
     with flags_of("llm"):
         load_language_model(loop.llm)  # its tokenizer, not yet its weights
         if loop.llm.adapter and loop.n_rounds:
-            check_continuable(Path(loop.llm.adapter).expanduser(), loop.llm_name)
+            check_continuable(user_path(loop.llm.adapter), loop.llm_name)
     with flags_of("drawer"):
         check_drawer(loop.drawer)
         if loop.drawer.backend != "diffusers":

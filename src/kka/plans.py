@@ -14,6 +14,7 @@ from kka.datasets import garden, get_spec
 from kka.datasets.layout import DataSetSpec
 from kka.detectors import DETECTORS
 from kka.errors import UserError
+from kka.files import user_path
 from kka.hardness_study import HardnessSettings
 from kka.loop_folder import PLACE as LOOP_PLACE
 from kka.loop_settings import PREFIXED, LoopSettings
@@ -110,7 +111,7 @@ class Plan:
             if not mark:
                 raise UserError(f"--data {word!r} must be NAME=DIR, e.g. flower=data/flower")
             if get_spec(name) is spec:
-                path = Path(folder).expanduser().resolve()
+                path = user_path(folder).resolve()
                 if not path.is_dir():
                     raise UserError(f"--data {word!r}: {path} is no folder; give that of the data set")
                 return str(path)
@@ -140,7 +141,7 @@ class Plan:
         different: dict[str, Any] = {k: list(map(_portable, v)) for k, v in flags.items() if _decides(k)}
         different["after"] = after.folder.parent.name if after else ""
         name, normal = f"{place}_{fingerprint(different)[:6]}", "_".join(classes) or "own"
-        folder = Path(self.settings.folder).expanduser().resolve() / self.name / spec.name / name
+        folder = user_path(self.settings.folder).resolve() / self.name / spec.name / name
         flags |= {"data_path": [path]} if (path := self.data_path(spec)) else {}
         flags |= ({"normal_class": classes} if classes else {}) | {"seed": [str(seed)]}
         return Job(folder / f"{normal}_seed{seed}", script, tuple(to_words(flags)), after, parts=parts)

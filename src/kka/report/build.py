@@ -10,7 +10,7 @@ from typing import Any
 from kka.datasets import get_spec
 from kka.errors import UserError
 from kka.figures.style import styled
-from kka.files import write_bytes
+from kka.files import user_path, write_bytes
 from kka.loop_folder import to_cells
 from kka.metrics import format_interval, mean_interval
 from kka.report.catalogue import Material, draw_all
@@ -46,7 +46,7 @@ def make_reports(paths: Sequence[Path], settings: ReportSettings) -> list[Path]:
         pass  # without matplotlib it ends here
     tables, loops, groups = _read(paths)
     material = Material(tuple(loops), tuple(groups), (), settings.data_path)
-    given = Path(settings.out).expanduser() if settings.out else None
+    given = user_path(settings.out) if settings.out else None
     places: list[tuple[Material, Path]] = []
     if loops or groups:
         folders = [loop.folder for loop in loops] + [group.folder for group in groups]

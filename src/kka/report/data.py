@@ -106,7 +106,7 @@ def read_task_of(run: FinishedRun, data_path: str | None) -> Task:
 def _choose(values: Mapping[str, Any], data_path: str | None) -> Task:
     settings = make_settings(ExperimentSettings, values)
     spec, given = get_spec(settings.dataset_name), data_path or settings.data_path
-    return choose_task(settings, spec, Path(given).expanduser() if given else ROOT / "data" / spec.name)
+    return choose_task(settings, spec, user_path(given) if given else ROOT / "data" / spec.name)
 
 
 def score_panels(groups: Sequence[Group]) -> list[Scores]:

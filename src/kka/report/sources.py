@@ -10,7 +10,7 @@ import numpy as np
 
 from kka.anomalies import Item, live, read_items, read_lines
 from kka.errors import UserError
-from kka.files import is_number, read_json
+from kka.files import is_number, read_json, user_path
 from kka.finished import is_auc, script_of, wrong_config
 from kka.judge import read_split
 from kka.results import Scored
@@ -61,7 +61,7 @@ class FinishedRun:
         """Folder of its generated anomalies: where it was, or beside the run if the loop was moved."""
         given, root = self.settings["anomaly_path"], self.settings.get("data_path")
         places = [given, str(self.folder.parent / "0")] if given else [f"{root}/0"] * bool(root)
-        return next((path for path in (Path(each).expanduser() for each in places) if path.is_dir()), None)
+        return next((path for path in (user_path(each) for each in places) if path.is_dir()), None)
 
     @property
     def newest_round(self) -> int:
