@@ -16,6 +16,7 @@ from kka.datasets.task import Task
 from kka.experiment import choose_task
 from kka.figures.charts import Curve, Scores, Share, Size, score_unit
 from kka.figures.images import Row, Shown
+from kka.files import user_path
 from kka.metrics import auroc
 from kka.options import ExperimentSettings
 from kka.picture import split_items
