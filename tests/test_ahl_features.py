@@ -48,6 +48,16 @@ def test_features_are_of_turned_images_or_of_images_as_they_are(turned):
     assert torch.allclose(kept, plain, rtol=2e-3, atol=2e-3) is not turned
 
 
+def test_features_of_other_views_are_not_continued(tmp_path):
+    model = AHL(TINY).base.model.eval()
+    images = toy_images(20, True, 64).float() / 255
+    FeatureBank(model, lambda first, n: images[first : first + n], 20, 1, tmp_path / "features")
+    doubled = torch.cat([images, images])
+    bank = FeatureBank(model, lambda first, n: doubled[first : first + n], 20, 2, tmp_path / "features")
+    assert len(bank.arrays[0]) == 40
+    assert (bank.arrays[0][20:] == bank.arrays[0][:20]).all()
+
+
 def test_each_image_is_taken_in_all_its_views():
     model = AHL(TINY).base.model.eval()
     images = toy_images(9, True, 64).float() / 255

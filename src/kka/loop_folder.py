@@ -50,6 +50,8 @@ def identity_of(loop: Loop) -> dict[str, Any]:
     settings = describe_settings(loop) | content_of_weights(loop.detector)
     evaluator = content_of_weights(loop.evaluator)
     settings |= {f"evaluator_{key}": value for key, value in evaluator.items()}
+    if not loop.settings.own_examples:
+        settings["examples"] = loop.settings.examples[0]  # as before captions could be given: loops go on
     adapter = user_path(loop.llm.adapter or "") / WEIGHTS
     if adapter.is_file():
         settings["llm_adapter"] = sha256(adapter)

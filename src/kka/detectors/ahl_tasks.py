@@ -48,7 +48,9 @@ class FeatureBank:
             self.arrays: list[np.ndarray] = [np.empty(shape, np.float16) for shape in shapes]
         else:
             folder.mkdir(exist_ok=True)
-            done = read_json(folder / PROGRESS)["done"] if (folder / PROGRESS).exists() else 0
+            begun = read_json(folder / PROGRESS) if (folder / PROGRESS).exists() else {}
+            if begun.get("total") == total:  # not of a version that kept other ones
+                done = begun["done"]
             self.arrays = [
                 np.lib.format.open_memmap(
                     folder / f"features_{k}.npy", "r+" if done else "w+", np.float16, shape
@@ -73,7 +75,7 @@ class FeatureBank:
             if isinstance(array, np.memmap):
                 array.flush()
         if folder is not None:
-            write_json(folder / PROGRESS, {"done": first + n})
+            write_json(folder / PROGRESS, {"done": first + n, "total": self.n * self.views})
 
     def take(self, rows: Tensor, device: torch.device, stream: Generator | None = None) -> Features:
         """(N, C, h, w) of each size; each image in a random view, without a stream in the first."""
