@@ -26,10 +26,10 @@ from torchvision.datasets import CIFAR100
 
 import kka.prepare
 from kka.archives import load_pickle
-from kka.datasets import cifar100, flower, ucm_caption
+from kka.datasets import cifar100, flower, get_spec, sources, ucm_caption
 from kka.datasets.layout import read_class_folder
 from kka.errors import UserError
-from kka.prepare import photo_caption, prepare, shuffled_split
+from kka.prepare import PARTIAL, photo_caption, prepare, shuffled_split
 
 
 @pytest.fixture(autouse=True)
@@ -279,3 +279,14 @@ def test_bad_source_does_not_bind_the_folder(tmp_path):
     with pytest.raises(UserError, match="holds neither"):
         no_check("ucm_caption", tmp_path / "out", tmp_path)
     no_check("ucm_caption", tmp_path / "out", make_ucm(tmp_path / "in"), seed=1)
+
+
+def test_a_data_set_that_was_only_begun_is_not_here(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "ROOT", tmp_path)
+    spec, folder = get_spec("flower"), tmp_path / "data" / "flower"
+    assert not sources.is_here(spec)
+    folder.mkdir(parents=True)
+    (folder / PARTIAL).write_text("{}")
+    assert not sources.is_here(spec)
+    (folder / PARTIAL).unlink()
+    assert sources.is_here(spec)

@@ -261,7 +261,7 @@ def read_normals(settings: CaptionSettings, spec: DataSetSpec) -> Images:
         raise UserError(
             f"--normal_class does not go with --dataset_name {spec.name}, which has no numbered classes"
         )
-    if settings.examples and settings.data_path is None and not (sources.ROOT / "data" / spec.name).is_dir():
+    if settings.examples and settings.data_path is None and not sources.is_here(spec):
         log.warning("%s is not here: only the examples tell what a normal caption is", spec.title)
         return Images()
     root = sources.data_root(spec, settings.data_path)

@@ -30,7 +30,7 @@ def data_root(spec: DataSetSpec, data_path: str | None) -> Path:
         return root
     if spec.name == garden.SPEC.name:
         garden.make_garden(root)
-    elif spec.name in DOWNLOADED and (not root.is_dir() or (root / PARTIAL).exists()):
+    elif spec.name in DOWNLOADED and not is_here(spec):
         log.info("%s is not at %s yet; downloading it", spec.title, root)
         try:
             prepare(spec.name, root)
@@ -42,3 +42,9 @@ def data_root(spec: DataSetSpec, data_path: str | None) -> Path:
             "`python src/prepare.py`, or try --dataset_name garden, which needs no data"
         )
     return root
+
+
+def is_here(spec: DataSetSpec) -> bool:
+    """Whether data/<name> is there, and not only begun."""
+    root = ROOT / "data" / spec.name
+    return root.is_dir() and not (root / PARTIAL).exists()
