@@ -72,10 +72,11 @@ def refuse_test_images(anomalies: Images, test: Images) -> None:
     Only files of one size are read. Known anomalies have left the test set and are none of these.
     """
     real = [path for path, generated in zip(test.paths, test.generated, strict=True) if not generated]
-    sizes = {path.stat().st_size for path in anomalies.paths} & {path.stat().st_size for path in real}
-    known = {sha256(path): path for path in real if path.stat().st_size in sizes}
-    for path in anomalies.paths:
-        if path.stat().st_size in sizes and (twin := known.get(sha256(path))):
+    mine, theirs = ({path: path.stat().st_size for path in paths} for paths in (anomalies.paths, real))
+    sizes = {*mine.values()} & {*theirs.values()}
+    known = {sha256(path): path for path, size in theirs.items() if size in sizes}
+    for path, size in mine.items():
+        if size in sizes and (twin := known.get(sha256(path))):
             raise UserError(
                 f"{path} is a test image, {twin}, and must not be trained on; give another --anomaly_path"
             )
