@@ -16,6 +16,7 @@ from typing import Any
 from kka.datasets import get_spec
 from kka.datasets.layout import ANOMALY_FOLDER
 from kka.errors import UserError, run_script
+from kka.evaluator import judging_run
 from kka.files import read_json, user_path
 from kka.language_models import DEFAULT_MODEL
 from kka.pairs import Pairs, PairSettings, build_pairs, read_pairs
@@ -77,9 +78,9 @@ def check_source(settings: Settings, flags: Mapping[str, Any]) -> None:
     for name in idle:
         if name in flags:
             raise UserError(f"--{name} has no effect on the pairs of --{source}; leave it out")
-    if settings.run and not (user_path(settings.run) / HARD).is_file():
+    if settings.run and not ((run := judging_run(user_path(settings.run))) / HARD).is_file():
         raise UserError(
-            f"--run {settings.run} is no finished run ({HARD} is missing); give the folder of one that has "
+            f"--run {run} is no finished run ({HARD} is missing); give the folder of one that has "
             "split generated anomalies, by src/main.py"
         )
 
@@ -89,7 +90,7 @@ def load_pairs(settings: Settings, pair_settings: PairSettings, seed: int) -> Pa
     if settings.pairs:
         held = Path(settings.validation_pairs) if settings.validation_pairs else None
         return read_pairs(Path(settings.pairs), pair_settings, seed, held)
-    run = user_path(settings.run or "")
+    run = judging_run(user_path(settings.run or ""))
     name, folder = settings.dataset_name, settings.anomaly_path and Path(settings.anomaly_path)
     if (run / CONFIG).exists():
         recorded = read_json(run / CONFIG)["settings"]

@@ -19,11 +19,12 @@ from kka.command_line import parse_command
 from kka.datasets import get_spec
 from kka.datasets.sources import data_root
 from kka.errors import run_script
+from kka.evaluator import find_evaluator
 from kka.experiment import check_detector, fill_epochs, find_device
 from kka.files import user_path
 from kka.loop import Loop
 from kka.loop_folder import check_loop, check_parts, default_folder, opened, report_loop
-from kka.loop_settings import PREFIXED, LoopSettings, flags_of
+from kka.loop_settings import PREFIXED, LoopSettings
 from kka.options import check_name
 from kka.runs import RESULTS
 from kka.settings import make_settings, take_prefix
@@ -35,7 +36,7 @@ def main() -> None:
     torch.set_flush_denormal(True)  # before there are threads, which inherit it
     flags, detector = parse_command("Algorithm 1, unattended.", LoopSettings, **PREFIXED)
     settings = make_settings(LoopSettings, flags)
-    llm, drawer, tuning, pairs, frozen = (
+    llm, drawer, tuning, pairs, _ = (
         make_settings(cls, take_prefix(prefix, flags)) for prefix, cls in PREFIXED.items()
     )
     check_report_to(settings.report_to)
@@ -43,11 +44,8 @@ def main() -> None:
     tuning = replace(tuning, report_to=tuning.report_to or settings.report_to)
     spec = get_spec(settings.dataset_name)
     detector = fill_epochs(detector, spec)
-    evaluator = frozen if settings.evaluator == "frozen" else None
     check_detector(detector, None, None)
-    if evaluator:
-        with flags_of("evaluator"):
-            check_detector(evaluator, None, None)
+    evaluator = find_evaluator(flags)
     device, root = find_device(settings.device, strict=False), data_root(spec, settings.data_path)
     folder = user_path(settings.xp_path) if settings.xp_path else Path()
     loop = Loop(folder, root, spec, settings, detector, llm, drawer, tuning, pairs, device, evaluator)

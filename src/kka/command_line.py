@@ -55,7 +55,7 @@ def parse_command(
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     with _naming(early.get("load_config")):
         _refuse_foreign(config, "", name, known)
-        check_keys(config, *known)
+        check_keys(config, *known, **prefixed)
         for cls in known:  # a value that a flag replaces may be anything
             make_settings(cls, {key: value for key, value in config.items() if key not in vars(flags)})
     own = preset_values(name, config.get("preset"))

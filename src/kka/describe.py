@@ -232,9 +232,10 @@ def find_examples(settings: CaptionSettings, normals: Images, flag: str = "--n_c
     n = settings.n_examples or max(1, len(set(normals.classes)))
     if settings.run is None:
         return choose_examples(normals.captions, n, settings.seed)
+    from kka.evaluator import judging_run
     from kka.represent import representatives
 
-    chosen = representatives(user_path(settings.run), normals, n, settings.seed, flag)
+    chosen = representatives(judging_run(user_path(settings.run)), normals, n, settings.seed, flag)
     return choose_examples([normals.captions[i] for i in chosen], n, settings.seed)
 
 

@@ -17,7 +17,9 @@ from kka.datasets.task import Choice, Task, parse_user_dict, read_task
 from kka.detectors import build_detector, detector_name
 from kka.detectors.contract import DetectorSettings
 from kka.detectors.deep_sad_together import check_together
+from kka.detectors.frozen import FrozenSettings
 from kka.errors import UserError
+from kka.evaluator import evaluator_run
 from kka.files import user_path, write_json
 from kka.metrics import deviation, format_interval, mean_interval
 from kka.options import ExperimentSettings, check_options
@@ -30,9 +32,12 @@ NETWORK_FLAGS = ("net_name", "arch", "backbone")  # of the detectors, for messag
 log = logging.getLogger(__name__)
 
 
-def run_experiment(settings: ExperimentSettings, detector: DetectorSettings) -> list[dict[str, Any]]:
+def run_experiment(
+    settings: ExperimentSettings, detector: DetectorSettings, evaluator: FrozenSettings | None = None
+) -> list[dict[str, Any]]:
     """Run one experiment for every seed; returns the results, and with several seeds writes summary.json.
 
+    With an evaluator, which splits the anomalies in the detector's place, each run has one within its folder.
     Raises UserError for bad input, TrainingError for a run without a meaningful result.
     """
     spec = get_spec(settings.dataset_name)
@@ -49,7 +54,11 @@ def run_experiment(settings: ExperimentSettings, detector: DetectorSettings) -> 
     root = data_root(spec, settings.data_path)
     first = secrets.randbelow(2**31) if settings.seed == -1 else settings.seed
     seeds = [replace(settings, seed=first + k) for k in range(settings.runs)]
-    runs = [Run(each, detector, spec, choose_task(each, spec, root), device, weights) for each in seeds]
+    tasks = [choose_task(each, spec, root) for each in seeds]
+    runs = [
+        Run(each, detector, spec, task, device, weights, evaluator)
+        for each, task in zip(seeds, tasks, strict=True)
+    ]
     if settings.runs > 1 and (runs[0].folder.parent / CONFIG).exists():
         raise UserError(
             f"{runs[0].folder.parent} holds a single run; choose another --xp_path or --name for --runs"
@@ -57,6 +66,10 @@ def run_experiment(settings: ExperimentSettings, detector: DetectorSettings) -> 
     together = settings.vmap_seeds
     try:
         results = [each for k in range(0, len(runs), together) for each in execute(runs[k : k + together])]
+        if evaluator:
+            for judge in [evaluator_run(run, evaluator) for run in runs]:
+                judge.execute()
+                log.info("hard and easy anomalies by frozen features are in %s", judge.folder)
     except UnreadableImageError as error:
         raise UserError(f"{error} or give --skip_bad_images") from None
     if settings.runs > 1:

@@ -12,6 +12,7 @@ from kka.datasets import get_spec
 from kka.datasets.layout import DataSetSpec
 from kka.datasets.task import read_anomalies
 from kka.errors import UserError
+from kka.evaluator import judging_run
 from kka.experiment import find_device
 from kka.files import read_json, user_path
 from kka.results import EASY, HARD, MODEL_CARD, Scored, read_rows, write_split
@@ -57,6 +58,7 @@ def update_anomalies(settings: UpdateSettings) -> tuple[Updated, float]:
     run, current, fresh, out = (
         user_path(place) for place in (s.run, s.anomaly_path, s.fresh, s.out) if place
     )
+    run = judging_run(run)
     if not (run / RESULTS).exists():
         raise UserError(f"--run {run} is no finished run; train it with src/main.py")
     spec, device = _spec_of(run, s.dataset_name), find_device(s.device, strict=False)

@@ -1,18 +1,16 @@
 """What Algorithm 1 is asked for: its own settings, and those of its parts behind a prefix."""
 
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 from kka.detectors.frozen import FrozenSettings
 from kka.drawers import DrawerSettings
-from kka.errors import UserError
 from kka.language_models import LanguageModelSettings
+from kka.options import DETECTOR, EVALUATOR, FROZEN, WHO_JUDGES
 from kka.pairs import PairSettings
 from kka.preference_trainer import TuneSettings
-from kka.settings import option
+from kka.settings import option, prefixed_flags
 from kka.tracking import HELP as REPORT_TO
 from kka.update import MODES, PER_ROUND
 
@@ -24,7 +22,7 @@ PREFIXED: dict[str, type[Any]] = {
     "drawer": DrawerSettings,
     "tune": TuneSettings,
     "pairs": PairSettings,
-    "evaluator": FrozenSettings,
+    EVALUATOR: FrozenSettings,
 }
 
 
@@ -62,11 +60,7 @@ class LoopSettings:
         3,
         "detectors trained on each set, seeds from --seed on; the first judges, all count in the table",
     )
-    evaluator: str = option(
-        "detector",
-        "who judges in Eq. (6): --detector itself, or frozen features, which take seconds",
-        ("detector", "frozen"),
-    )
+    evaluator: str = option(DETECTOR, WHO_JUDGES, (DETECTOR, FROZEN))
     draw_batch: int = option(8, "images drawn at once")
     seed: int = option(0, "of every random draw")
     device: str = option("cuda", "of the detector; without a GPU the CPU is taken")
@@ -78,11 +72,6 @@ class LoopSettings:
         return [] if self.examples[:1] in ((REPRESENTATIVES,), (RANDOM,)) else list(self.examples)
 
 
-@contextmanager
-def flags_of(part: str) -> Iterator[None]:
-    """Within, errors of a part name its flags as this command has them: --size of drawer is --drawer_size."""
-    try:
-        yield
-    except UserError as error:
-        names = "|".join(field.name for field in fields(PREFIXED[part]))
-        raise type(error)(re.sub(rf"--({names})\b", rf"--{part}_\1", str(error))) from None
+def flags_of(part: str) -> AbstractContextManager[None]:
+    """Within, errors of a part name its flags as this command has them."""
+    return prefixed_flags(part, PREFIXED[part])

@@ -7,6 +7,10 @@ from kka.settings import option
 from kka.tracking import HELP as REPORT_TO
 from kka.tracking import check_report_to
 
+DETECTOR, FROZEN = "detector", "frozen"
+EVALUATOR = "evaluator"
+WHO_JUDGES = "who judges in Eq. (6): --detector itself, or frozen features, which take seconds"
+
 
 @dataclass(frozen=True)
 class ExperimentSettings:
@@ -60,6 +64,7 @@ class ExperimentSettings:
         "who judges the generated anomalies: the detector, or two that did not train on them",
         ("own", "crossfit"),
     )
+    evaluator: str = option(DETECTOR, f"{WHO_JUDGES} and have a run folder within", (DETECTOR, FROZEN))
     threshold_from: str = option(
         "train", "normals whose farthest decides Eq. (6)", ("train", "heldout", "test")
     )

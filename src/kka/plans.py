@@ -18,7 +18,7 @@ from kka.files import user_path
 from kka.hardness_study import HardnessSettings
 from kka.loop_folder import PLACE as LOOP_PLACE
 from kka.loop_settings import PREFIXED, LoopSettings
-from kka.options import PLACE, ExperimentSettings
+from kka.options import EVALUATOR, PLACE, ExperimentSettings
 from kka.runs import ROOT, fingerprint
 from kka.settings import build_parser, option
 from kka.stand_ins import GARDEN_LOOP
@@ -135,6 +135,8 @@ class Plan:
         detector = flags.get("detector", [DEFAULT_DETECTOR])[0]
         known = flags_of(script, detector)
         own = {k: v for k, v in self.extra.items() if k in known}
+        if script == "main.py":
+            own.pop(EVALUATOR, None)  # its split is nothing that a table shows
         if flags.get("backbone_init") == ["random"]:  # a row without pre-training takes no weights
             own.pop("backbone_weights", None)
         flags |= self._preset(detector) | own

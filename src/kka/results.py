@@ -1,6 +1,8 @@
 """What a finished run leaves behind: scores, hard and easy anomalies, the model."""
 
 import hashlib
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from kka.metrics import aupr, auroc
 MODEL, MODEL_CARD = "model.safetensors", "model.json"
 HARD, EASY = "d_samples.json", "e_samples.json"
 MODEL_VERSION = 1  # of what these two mean; a model without a version is of the first
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -133,3 +137,17 @@ def load_weights(path: Path, flag: str = "--load_model: ") -> dict[str, Tensor]:
         return {**weights, "center": torch.tensor(official["c"])}
     except Exception as error:  # the two libraries raise many kinds for a damaged file
         raise UserError(f"{flag}{path} holds no model of this project ({type(error).__name__})") from None
+
+
+def report(results: Mapping[str, Any]) -> None:
+    """Log what came of a run."""
+    if results["test_auc"] is None:
+        log.info("test AUC n/a: the test set has one class only")
+    else:
+        log.info(
+            "test AUC %.2f %%, average precision %.2f %%",
+            *(100 * results[k] for k in ("test_auc", "test_aupr")),
+        )
+    if results["n_generated"]:
+        log.info("generated anomalies: %d hard, %d easy", results["n_hard"], results["n_easy"])
+    log.info("training %.1f s, testing %.2f s", results["train_time"], results["test_time"])

@@ -21,19 +21,21 @@ from kka.datasets.task import Task
 from kka.detectors import DETECTORS, build_detector, detector_name
 from kka.detectors.contract import Detector, DetectorSettings
 from kka.detectors.deep_sad_together import Training, fit_together
+from kka.detectors.frozen import FrozenSettings
 from kka.detectors.pseudo_anomalies import content_of_textures
 from kka.errors import UserError
 from kka.files import read_json, user_path, write_json
 from kka.journal import Journal
 from kka.metrics import auroc
 from kka.networks.backbones import content_of_weights
-from kka.options import PLACE, ExperimentSettings
+from kka.options import EVALUATOR, PLACE, ExperimentSettings
 from kka.results import (
     MODEL_CARD,
     Scored,
     check_scores,
     digest_weights,
     load_weights,
+    report,
     save_model,
     test_metrics,
     write_split,
@@ -58,6 +60,8 @@ class Run:
     task: Task
     device: torch.device
     weights: dict[str, Tensor] | None
+    evaluator: FrozenSettings | None = None
+    """of --evaluator frozen, whose run is another one"""
 
     @property
     def name(self) -> str:
@@ -74,6 +78,8 @@ class Run:
         """Everything that decides the numbers, as JSON values."""
         task = self.task
         chosen = {key: value for key, value in asdict(self.settings).items() if key not in PLACE}
+        if not self.evaluator:
+            del chosen[EVALUATOR]  # as before there were any: runs go on
         data = [self.digests, task.normals.targets, task.test.targets, task.generated_index]
         return {
             "detector": self.name,
@@ -114,6 +120,8 @@ class Run:
             log.info("%s is finished; give --overwrite to repeat it", self.folder)
             return False
         own = {"detector": self.name, **asdict(self.detector_settings)}
+        if self.evaluator:
+            own |= {f"{EVALUATOR}_{key}": value for key, value in asdict(self.evaluator).items()}
         settings = {**asdict(self.settings), "runs": 1, "vmap_seeds": 1, **own}
         write_config(self.folder, self.identity, settings)
         return True
@@ -155,7 +163,7 @@ class Run:
 
         n = len(data.task.generated)
         scores, thresholds = np.zeros(n), np.full(n, threshold_of(detector))
-        if s.split == "own" and n:
+        if n and (s.split == "own" or self.evaluator):  # an evaluator's split is in its own run
             scores = detector.score(data.generated.resized).double().numpy()
         elif n:
             for fold, (rows, training) in enumerate(self._crossfit(data, train)):
@@ -244,7 +252,7 @@ class Run:
         write_json(self.folder / RESULTS, results)
         for checkpoint in self.folder.rglob("checkpoint*.pt"):  # nothing is left to resume
             checkpoint.unlink()
-        _report(results)
+        report(results)
 
 
 def execute(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -332,16 +340,3 @@ def log_to(path: Path) -> Iterator[None]:
     finally:
         package.removeHandler(handler)
         handler.close()
-
-
-def _report(results: dict[str, Any]) -> None:
-    if results["test_auc"] is None:
-        log.info("test AUC n/a: the test set has one class only")
-    else:
-        log.info(
-            "test AUC %.2f %%, average precision %.2f %%",
-            *(100 * results[k] for k in ("test_auc", "test_aupr")),
-        )
-    if results["n_generated"]:
-        log.info("generated anomalies: %d hard, %d easy", results["n_hard"], results["n_easy"])
-    log.info("training %.1f s, testing %.2f s", results["train_time"], results["test_time"])

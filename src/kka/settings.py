@@ -4,9 +4,11 @@ import argparse
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from kka.errors import UserError
@@ -63,6 +65,17 @@ def take_prefix(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
     return {key.removeprefix(start): value for key, value in values.items() if key.startswith(start)}
 
 
+@contextmanager
+def prefixed_flags(prefix: str, settings_class: type) -> Iterator[None]:
+    """Within, errors name the flags of a class with their prefix: --size of drawer is --drawer_size."""
+    try:
+        yield
+    except UserError as error:
+        own: Any = settings_class
+        names = "|".join(field.name for field in dataclasses.fields(own))
+        raise type(error)(re.sub(rf"--({names})\b", rf"--{prefix}_\1", str(error))) from None
+
+
 def _add_flag(group: Any, prefix: str, field: Any, kind: Any, many: bool) -> None:
     extra: dict[str, Any] = {"nargs": "*", "action": "extend"} if many else {}
     if kind is bool:
@@ -78,9 +91,12 @@ def _add_flag(group: Any, prefix: str, field: Any, kind: Any, many: bool) -> Non
     )
 
 
-def check_keys(values: Mapping[str, Any], *settings_classes: type) -> None:
-    """Raises UserError for a key that is a field of none of the classes."""
+def check_keys(values: Mapping[str, Any], *settings_classes: Any, **prefixed: Any) -> None:
+    """Raises UserError for a key that is a field of none of the classes, nor of those behind a prefix."""
     known = [field.name for cls in settings_classes for field in dataclasses.fields(cls)]
+    known += [
+        f"{prefix}_{field.name}" for prefix, cls in prefixed.items() for field in dataclasses.fields(cls)
+    ]
     for key in values:
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
