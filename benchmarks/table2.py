@@ -69,8 +69,9 @@ CPU = ("--preset", "cpu")
 DIFFERENCES = """
 Not the paper's: real images of other classes (folder 0) stand for the generated anomalies, so rows with
 anomalies are upper bounds; SqueezeNet for WRN-50-2 and a LeNet for SSD's and CMDA's ResNet (`--preset cpu`);
-one choice of normal classes. Paper's figures with anomalies: modes add / rep. Peaks are of all seeds of a
-cell in one process; flags of each cell: table2.json.
+one choice of normal classes; on CIFAR-100 25 epochs (SimpleNet 5), and SimpleNet and ReContrast at 96 px.
+Paper's figures with anomalies: modes add / rep. Peaks are of all seeds of a cell in one process; flags of
+each cell: table2.json.
 """
 ROWS: dict[str, Row] = {
     "SSD": Row("ssd", CPU, False),
