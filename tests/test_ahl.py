@@ -313,6 +313,15 @@ def test_weights_are_equal_until_psi_has_learnt(tmp_path):
     assert not torch.equal(learning.psi.history, before)
 
 
+def test_psi_stays_on_the_cpu_where_its_dropout_follows_the_seed():
+    detector = AHL(TINY, device="meta")  # any device but the CPU
+    groups = find_groups(toy_train_set(12, 5, side=64), False)
+    tasks = make_tasks([0, 1] * 6, groups, 3, True, True, seed=0)
+    learning = Collaboration(detector.settings, detector.base, tasks, bank_labels(groups, 3), seed=0)
+    assert {tensor.device.type for tensor in learning.psi.state_dict().values()} == {"cpu"}
+    assert {tensor.device.type for tensor in learning.heads.parameters()} == {"meta"}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
