@@ -274,6 +274,16 @@ def test_known_anomalies_are_told_from_normals(base_model, heads, importance, tm
     assert torch.equal(again.score(images), scores)
 
 
+def test_new_heads_start_as_in_the_official_code():
+    detector = AHL(replace(TINY, base_model="devnet", heads="new"))
+    detector._renew_heads()
+    official = tensors("ahl/weights_plain_net")
+    start = dict(detector.base.model.heads.named_parameters())
+    assert torch.equal(start["head.scoring.bias"], official["vars.1"])  # 0
+    spread = float(official["vars.0"].std())
+    assert float(start["head.scoring.weight"].detach().std()) == pytest.approx(spread, rel=0.15)
+
+
 @pytest.mark.parametrize("last", [0, 1])
 def test_interrupted_learning_continues_to_the_same_scores(last, tmp_path, monkeypatch):
     train, images = two_kinds(), toy_images(4, True, 64, seed=3)

@@ -209,6 +209,7 @@ class AHL:
                 if s.base_model == "dra"
                 else DevNetHeads(channels, s.topk)
             )
+            kaiming(heads)
         self.base.model.heads = heads.to(self.device)
 
     def _fill_bank(self, train: TrainSet, groups: Groups, folder: Path | None) -> FeatureBank:
@@ -226,6 +227,14 @@ class AHL:
 
         self.base.model.eval()
         return FeatureBank(self.base.model, images, total, s.views if s.turned else 1, folder)
+
+
+def kaiming(heads: nn.Module) -> None:
+    """Weights of the official code's new heads: Kaiming normal, biases 0."""
+    for layer in heads.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(layer.weight)
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
 
 class Collaboration:
