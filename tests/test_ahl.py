@@ -274,6 +274,16 @@ def test_known_anomalies_are_told_from_normals(base_model, heads, importance, tm
     assert torch.equal(again.score(images), scores)
 
 
+def test_new_heads_start_as_in_the_official_code():
+    detector = AHL(replace(TINY, base_model="devnet", heads="new"))
+    detector._renew_heads()
+    official = tensors("ahl/weights_plain_net")
+    start = dict(detector.base.model.heads.named_parameters())
+    assert torch.equal(start["head.scoring.bias"], official["vars.1"])  # 0
+    spread = float(official["vars.0"].std())
+    assert float(start["head.scoring.weight"].detach().std()) == pytest.approx(spread, rel=0.15)
+
+
 @pytest.mark.parametrize("last", [0, 1])
 def test_interrupted_learning_continues_to_the_same_scores(last, tmp_path, monkeypatch):
     train, images = two_kinds(), toy_images(4, True, 64, seed=3)
@@ -311,6 +321,15 @@ def test_weights_are_equal_until_psi_has_learnt(tmp_path):
     before = learning.psi.history.clone()
     learning.run_epoch(bank, 3)
     assert not torch.equal(learning.psi.history, before)
+
+
+def test_psi_stays_on_the_cpu_where_its_dropout_follows_the_seed():
+    detector = AHL(TINY, device="meta")  # any device but the CPU
+    groups = find_groups(toy_train_set(12, 5, side=64), False)
+    tasks = make_tasks([0, 1] * 6, groups, 3, True, True, seed=0)
+    learning = Collaboration(detector.settings, detector.base, tasks, bank_labels(groups, 3), seed=0)
+    assert {tensor.device.type for tensor in learning.psi.state_dict().values()} == {"cpu"}
+    assert {tensor.device.type for tensor in learning.heads.parameters()} == {"meta"}
 
 
 @pytest.mark.parametrize(

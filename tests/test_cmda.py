@@ -139,6 +139,18 @@ def test_gradients_of_the_weights_are_cut_unless_asked_for(detach):
     assert detector.model.training
 
 
+def test_mixtures_can_have_statistics_of_their_own():
+    first, second = torch.rand(2, 6, 3, 32, 32)
+    weights = torch.full((6, 6), 1 / 6)
+    for space in ("apart", "pixels"):
+        detector = CMDA(replace(FAST, mix_space=space))
+        a, b = detector._project_mixed(weights, first, second)
+        alone = [detector.project(mix(weights, first))[0], detector.project(second)[0]]
+        assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip((a, b), alone, strict=True)) == (
+            space == "apart"
+        )
+
+
 def test_every_image_has_one_of_its_captions_in_each_epoch():
     train = captioned(9)
     detector = CMDA(FAST)

@@ -15,7 +15,7 @@ from kka.detectors import DETECTORS, build_detector, detector_name
 from kka.detectors.cmda import CMDASettings
 from kka.detectors.deep_sad import DeepSADSettings
 from kka.detectors.ssd import SSDSettings
-from kka.experiment import fill_epochs
+from kka.experiment import fill_epochs, find_device
 from kka.files import write_json
 from kka.journal import Journal
 from kka.run import load_detector
@@ -301,3 +301,11 @@ def test_collapse_names_the_detector(toy_set, runs, tmp_path):
         toy_set, tmp_path / "run", "ssd", n_epochs=0, n_anomalies=0, load_model=tmp_path / "zeros.safetensors"
     )
     refused(outcome, "ssd collapsed: all images have the same score", code=1)
+
+
+def test_float32_on_a_gpu_is_neither_shortened_nor_added_up_in_any_order(monkeypatch):
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "allow_tf32", True)
+    monkeypatch.setattr(cudnn, "deterministic", False)
+    find_device("cuda", strict=False)
+    assert (cudnn.allow_tf32, cudnn.deterministic) == (False, True)

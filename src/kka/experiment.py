@@ -149,7 +149,12 @@ def find_normal_classes(settings: ExperimentSettings, spec: DataSetSpec) -> tupl
 
 
 def find_device(name: str, strict: bool) -> torch.device:
-    """The device, or the CPU with a message; raises UserError for nonsense or if `strict`."""
+    """The device, or the CPU with a message; raises UserError for nonsense or if `strict`.
+
+    On a GPU float32 then means float32, not the shorter TF32 of cuDNN's default, and convolutions are
+    computed in the same order each time.
+    """
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -209,6 +209,7 @@ class AHL:
                 if s.base_model == "dra"
                 else DevNetHeads(channels, s.topk)
             )
+            kaiming(heads)
         self.base.model.heads = heads.to(self.device)
 
     def _fill_bank(self, train: TrainSet, groups: Groups, folder: Path | None) -> FeatureBank:
@@ -228,6 +229,14 @@ class AHL:
         return FeatureBank(self.base.model, images, total, s.views if s.turned else 1, folder)
 
 
+def kaiming(heads: nn.Module) -> None:
+    """Weights of the official code's new heads: Kaiming normal, biases 0."""
+    for layer in heads.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(layer.weight)
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+
+
 class Collaboration:
     """Collaborative differentiable learning: unified heads, one adapted copy for each task, and psi."""
 
@@ -243,8 +252,8 @@ class Collaboration:
             order = torch.randperm(len(self.pool), generator=generator(seed, "pool"))
             self.pool = self.pool[order[: s.n_remembered].sort().values]
         self.normals = torch.cat([task.support.normals for task in tasks]).unique()
-        with seeded(seed, "psi"):
-            self.psi = Psi(len(tasks), len(self.pool), s.memory).to(base.device)
+        with seeded(seed, "psi"):  # on the CPU: its dropout must follow the seed on every device
+            self.psi = Psi(len(tasks), len(self.pool), s.memory)
         self.optimizer = torch.optim.Adam(self.heads.parameters(), s.ahl_lr, weight_decay=s.ahl_weight_decay)
         self.scheduler = StepLR(self.optimizer, DECAY_EVERY, gamma=0.1)
         decay = s.psi_weight_decay
@@ -260,7 +269,7 @@ class Collaboration:
         start: Parameters = dict(self.heads.named_parameters())
         weights = self.weights(epoch)
         total, gradients = 0.0, [torch.zeros_like(value) for value in start.values()]
-        now = torch.zeros(len(self.pool), len(self.tasks), device=self.base.device)
+        now = torch.zeros(len(self.pool), len(self.tasks))
         for i, task in enumerate(self.tasks):
             stream = generator(self.seed, "episode", epoch, i)
             support = self._batches(bank, task.support.batches(s.batch_size, s.inner_steps, stream), stream)
@@ -283,7 +292,7 @@ class Collaboration:
             return [1 / n] * n
         self.psi.eval()
         with torch.no_grad():
-            scores, labels = self.psi(self.psi.history).cpu(), self.labels[self.pool]
+            scores, labels = self.psi(self.psi.history), self.labels[self.pool]
         if s.importance == "paper":
             supports = [torch.isin(self.pool, task.support.rows) for task in self.tasks]
             errors = generalisation_errors(scores, (labels > 0).float(), supports)
@@ -303,11 +312,12 @@ class Collaboration:
 
     @torch.no_grad()
     def _score_pool(self, bank: FeatureBank, parameters: Parameters) -> Tensor:
+        """Scores of the remembered images by adapted heads, (N,) on the CPU."""
         parts = []
         for rows in self.pool.split(POOL_BATCH):
             inputs = (bank.take(rows, self.base.device), self.base.model.references)
             parts.append(self.heads.combine(functional_call(self.heads, parameters, inputs)))
-        return torch.cat(parts)
+        return torch.cat(parts).cpu()
 
     def _step(self, parameters: list[Tensor], gradients: list[Tensor]) -> None:
         for parameter, gradient in zip(parameters, gradients, strict=True):

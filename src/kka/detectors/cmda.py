@@ -59,7 +59,11 @@ class CMDASettings(SSDSettings):
     mix_weights: str = option(
         "abs", "abs or softmax of the cosines, rows sum to 1; official: columns are divided", MIX_WEIGHTS
     )
-    mix_space: str = option("pixels", "what is mixed", ("pixels", "features"))
+    mix_space: str = option(
+        "pixels",
+        "what is mixed; apart: pixels, in a batch of their own for BatchNorm (official code)",
+        ("pixels", "apart", "features"),
+    )
     mix_detach: bool = option(True, "mixing weights get no gradient")
 
 
@@ -183,6 +187,8 @@ class CMDA(SSD):
         """(B, 128) twice: of the mixtures of the first views, and of the second views."""
         if self.settings.mix_space == "pixels":
             return self.project(mix(weights, first), second)
+        if self.settings.mix_space == "apart":
+            return (*self.project(mix(weights, first)), *self.project(second))
         with self.autocast():
             a, b = self.model.encoder(torch.cat([first, second])).float().split(len(first))
             heads = self.model.head(torch.cat([mix(weights, a), b])).float()
