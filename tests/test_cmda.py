@@ -108,7 +108,13 @@ def test_text_network_has_the_official_layers():
 
 @pytest.mark.parametrize(
     ("change", "n_anomalies"),
-    [({}, 0), ({}, 6), ({"mix_space": "features"}, 0), ({"mix_weights": "official"}, 0)],
+    [
+        ({}, 0),
+        ({}, 6),
+        ({"mix_space": "joint"}, 0),
+        ({"mix_space": "features"}, 0),
+        ({"mix_weights": "official"}, 0),
+    ],
 )
 def test_fit_separates(change, n_anomalies):
     train, test, journal = captioned(16, n_anomalies), toy_train_set(8, 8, seed=1), Journal()
@@ -142,7 +148,7 @@ def test_gradients_of_the_weights_are_cut_unless_asked_for(detach):
 def test_mixtures_can_have_statistics_of_their_own():
     first, second = torch.rand(2, 6, 3, 32, 32)
     weights = torch.full((6, 6), 1 / 6)
-    for space in ("apart", "pixels"):
+    for space in ("apart", "joint"):
         detector = CMDA(replace(FAST, mix_space=space))
         a, b = detector._project_mixed(weights, first, second)
         alone = [detector.project(mix(weights, first))[0], detector.project(second)[0]]

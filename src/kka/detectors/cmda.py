@@ -60,9 +60,10 @@ class CMDASettings(SSDSettings):
         "abs", "abs or softmax of the cosines, rows sum to 1; official: columns are divided", MIX_WEIGHTS
     )
     mix_space: str = option(
-        "pixels",
-        "what is mixed; apart: pixels, in a batch of their own for BatchNorm (official code)",
-        ("pixels", "apart", "features"),
+        "apart",
+        "what is mixed: pixels, where mixtures pass BatchNorm apart (official code) or joint with the second "
+        "views; or features",
+        ("apart", "joint", "features"),
     )
     mix_detach: bool = option(True, "mixing weights get no gradient")
 
@@ -185,10 +186,10 @@ class CMDA(SSD):
 
     def _project_mixed(self, weights: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, ...]:
         """(B, 128) twice: of the mixtures of the first views, and of the second views."""
-        if self.settings.mix_space == "pixels":
-            return self.project(mix(weights, first), second)
         if self.settings.mix_space == "apart":
             return (*self.project(mix(weights, first)), *self.project(second))
+        if self.settings.mix_space == "joint":
+            return self.project(mix(weights, first), second)
         with self.autocast():
             a, b = self.model.encoder(torch.cat([first, second])).float().split(len(first))
             heads = self.model.head(torch.cat([mix(weights, a), b])).float()
