@@ -30,7 +30,9 @@ PREFIXED: dict[str, type[Any]] = {
 class LoopSettings:
     """Algorithm 1."""
 
-    dataset_name: str = option("flower", "flower, cifar100 (mycifar), ucm_caption, folder or garden")
+    dataset_name: str = option(
+        "flower", "flower, cifar100 (mycifar), ucm_caption, garden, or folder (also for a class of MVTec AD)"
+    )
     data_path: str | None = option(None, "folder of the data set; None: data/<name>, made if it can be")
     xp_path: str | None = option(None, "folder of the loop; None: log/<data set>/<name>")
     name: str | None = option(None, "its name in log/<data set>; None: made from the settings")
