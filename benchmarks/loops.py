@@ -106,26 +106,34 @@ def to_markdown(report: dict[str, Any], modes: Sequence[str]) -> str:
             rows.append([f"KKA({k})", *round_cells([loop["rounds"][k] for loop in loops], loops)])
         header = "|set|hard, %|hard, untuned LLM, %|loops with more hard ones|DPO margin|test AUC, %"
         parts.append(f"\nmode {mode}, {len(loops)} seeds\n" + table(header, rows))
-    parts.append("\nfresh captions and pictures, all modes\n" + looks(report["loops"]))
+    parts.append("\nfresh captions and pictures, mean of the modes, by seed\n" + looks(report["loops"]))
     return "\n".join(parts)
 
 
 def looks(loops: Sequence[dict[str, Any]]) -> str:
     """A table of what the LLM answered, and in the garden of what it says and the pictures show."""
-    rows = [["untuned", *look_cells([loop["untuned"] for loop in loops])]]
+    seeds = dict.fromkeys(loop["seed"] for loop in loops)
+    groups = [[loop for loop in loops if loop["seed"] == seed] for seed in seeds]
+    rows = [["untuned", *look_cells([[loop["untuned"] for loop in group] for group in groups])]]
     for k in range(min(len(loop["rounds"]) for loop in loops)):
-        rows.append([f"round {k}", *look_cells([loop["rounds"][k] for loop in loops])])
+        rows.append([f"round {k}", *look_cells([[loop["rounds"][k] for loop in group] for group in groups])])
     titles = ["", "usable, %", "in the grammar, %", "attributes shared with the normal"]
     titles += [f"{name} follows, %" for name in garden.ATTRIBUTES]
     known = [i for i in range(len(titles)) if any(row[i] for row in rows)]
     return table("|".join(titles[i] for i in known), [[row[i] for i in known] for row in rows])
 
 
-def look_cells(found: Sequence[dict[str, Any]]) -> list[str]:
-    """Means over loops, empty where nothing is known."""
-    cells = [mean_of([each[key] for each in found if key in each], scale) for key, scale in LOOKS]
-    follow = [each["follow"] for each in found if "follow" in each]
-    return cells + [mean_of([each[name] for each in follow]) for name in garden.ATTRIBUTES]
+def look_cells(found: Sequence[Sequence[dict[str, Any]]]) -> list[str]:
+    """Means over seeds, for each of which there are its loops; empty where nothing is known."""
+    cells = [mean_of(seed_means(found, key), scale) for key, scale in LOOKS]
+    follow = [[each["follow"] for each in group if "follow" in each] for group in found]
+    return cells + [mean_of(seed_means(follow, name)) for name in garden.ATTRIBUTES]
+
+
+def seed_means(found: Sequence[Sequence[dict[str, Any]]], key: str) -> list[float]:
+    """One value for each seed: its modes share what they do not change, and are no repetitions."""
+    known = [[each[key] for each in group if key in each] for group in found]
+    return [mean(values) for values in known if values]
 
 
 def round_cells(rounds: list[dict[str, Any]], loops: list[dict[str, Any]]) -> list[str]:
@@ -138,7 +146,7 @@ def round_cells(rounds: list[dict[str, Any]], loops: list[dict[str, Any]]) -> li
         mean_of([row["hard"] for row in rounds]),
         mean_of([row["hard_untuned"] for row in rounds]) if later else "",
         f"{more} of {len(rounds)}" if later else "",
-        mean_of(margins, 1),
+        mean_of(margins, 1) + (f" (n = {len(margins)})" if 0 < len(margins) < len(rounds) else ""),
         mean_of([mean(row["test_aucs"]) for row in rounds]),
     ]
 

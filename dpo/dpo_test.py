@@ -19,7 +19,12 @@ from kka.datasets import get_spec
 from kka.describe import CaptionSettings, read_normals
 from kka.errors import UserError, run_script
 from kka.files import check_writable, read_json, user_path, write_json
-from kka.language_models import LanguageModelSettings, load_language_model
+from kka.language_models import (
+    DEFAULT_MODEL,
+    LanguageModelSettings,
+    check_adapter,
+    load_language_model,
+)
 from kka.metrics import mean_interval
 from kka.pairs import Pairs, PairSettings, read_pairs
 from kka.settings import build_parser, make_settings, option
@@ -60,6 +65,8 @@ def main() -> None:
     check_writable(out, "--out")
     normals = normal_captions(settings)
     answers = {}
+    if llm.backend == "transformers":  # a wrong adapter is named before a large model is loaded for nothing
+        check_adapter(Path(llm.adapter), llm.model or DEFAULT_MODEL["transformers"])
     for name, each in (("untuned", replace(llm, adapter=None)), ("tuned", llm)):
         answers[name] = load_language_model(each).complete(prompt, settings.n, settings.seed)
     report = compare(answers, normals, known_captions(pairs))

@@ -40,7 +40,7 @@ class Settings:
     model: str = option(DEFAULT_MODEL["transformers"], "folder or hub id of the LLM")
     adapter: str | None = option(None, "adapter of the round before, to continue; None: a new one")
     out: str | None = option(None, "folder of the adapter to write")
-    overwrite: bool = option(False, "replace what other settings left there")
+    overwrite: bool = option(False, "begin anew: remove the adapter that --out holds, finished or not")
     run: str | None = option(None, "run folder of a detector that has split the generated anomalies")
     anomaly_path: str | None = option(
         None, "folder of these anomalies; None: the one in the run's config.json"

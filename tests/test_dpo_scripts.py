@@ -261,6 +261,22 @@ def test_figures_of_the_comparison(tmp_path):
     assert f"difference {gain['mean']:+.3f}" in outcome.log
 
 
+def test_a_missing_adapter_is_named_before_an_llm_is_loaded(tmp_path):
+    normals = tmp_path / "normals.json"
+    normals.write_text('["a pink flower"]')
+    words = [
+        "--adapter",
+        tmp_path / "x",
+        "--prompt",
+        "p",
+        "--normals",
+        normals,
+        "--out",
+        tmp_path / "out.json",
+    ]
+    refused(run("dpo_test", *words, "--model", tmp_path / "no_llm"), tmp_path / "x", "does not exist")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

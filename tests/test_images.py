@@ -119,11 +119,14 @@ def test_transparent_palette_becomes_rgb(tmp_path):
     assert read_image(tmp_path / "image.png").getpixel((0, 0)) == (10, 20, 30)
 
 
-def test_16_bits_are_warned_about(tmp_path, caplog):
-    path = tmp_path / "deep.png"
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bits_are_refused_where_they_would_become_white(tmp_path, suffix):
+    path, shallow = tmp_path / f"deep.{suffix}", tmp_path / f"shallow.{suffix}"
     Image.fromarray(np.array([[5, 300, 65535]], np.uint16)).save(path)
-    assert np.asarray(read_image(path))[0, :, 0].tolist() == [5, 255, 255]
-    assert f"{path} has 16 bits per channel" in caplog.text
+    Image.fromarray(np.array([[5, 200, 255]], np.uint16)).save(shallow)
+    with pytest.raises(UserError, match=f"{path} has 16 bits per channel"):
+        read_image(path)
+    assert np.asarray(read_image(shallow))[0, :, 0].tolist() == [5, 200, 255]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])

@@ -137,6 +137,14 @@ def test_bad_input_is_one_sentence(call, flags, part, tmp_path):
     assert not (tmp_path / "next").exists()
 
 
+def test_the_current_set_is_not_judged_as_the_fresh_one(call, world, tmp_path):
+    before = snapshot(world / "set")
+    code, _, err = call(fresh=world / "set")
+    assert code == 2
+    assert f"--fresh {world / 'set'} is the current set" in err
+    assert snapshot(world / "set") == before
+
+
 def test_damaged_image_is_named_without_a_flag_that_is_not_here(call, world, tmp_path):
     fresh = shutil.copytree(world / "fresh", tmp_path / "fresh")
     write_damaged(fresh / "image_00002.png", "html")

@@ -93,7 +93,10 @@ def test_numbered_data_sets_have_known_anomalies_too(toy_set, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [
-        ({"normal_class": None}, ["needs one --normal_class", "nut, screw"]),
+        (
+            {"normal_class": None},
+            ["needs one --normal_class", "nut, screw", "--dataset_name folder --data_path", "/nut)"],
+        ),
         ({"normal_class": "bolt"}, ["has no class 'bolt'", "nut, screw"]),
         ({"normal_class": ["screw", "nut"]}, ["needs one --normal_class"]),
         ({"n_anomaly": 7}, ["--n_anomaly 7", "screw has only 6 anomalies; give at most 5"]),

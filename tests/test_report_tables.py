@@ -1,6 +1,8 @@
 """Reports on tables of src/reproduce.py."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fabricated import change, write_loop, write_run
@@ -8,7 +10,8 @@ from test_report import figures_of, make_report, page_of
 from toy import refused
 
 from kka import tables
-from kka.report.data import table_sizes
+from kka.report.data import size_series, table_sizes
+from kka.report.sources import Group
 from kka.report.tables import read_table
 
 CELL = {
@@ -91,3 +94,22 @@ def test_malformed_table_is_refused(tmp_path, change, part):
     (tmp_path / "t.json").write_text(json.dumps({**TABLE, **change}))
     refused(make_report(tmp_path / "t.json"), part, tmp_path / "t.json")
     assert not (tmp_path / "t_report").exists()
+
+
+def test_detectors_are_not_joined_to_one_line():
+    def group(detector, n, auc):
+        run = SimpleNamespace(detector=detector, auc=auc, newest_round=0, results={"n_generated": n})
+        return Group(detector, Path(), (run,))
+
+    groups = [
+        group("deep_sad", 0, 0.6),
+        group("deep_sad", 9, 0.8),
+        group("ssd", 0, 0.5),
+        group("ssd", 9, 0.7),
+    ]
+    series = size_series([], groups)
+    assert {name: [(point.n, point.aucs) for point in points] for name, points in series.items()} == {
+        "deep_sad, initial anomalies only": [(0, [0.6]), (9, [0.8])],
+        "ssd, initial anomalies only": [(0, [0.5]), (9, [0.7])],
+    }
+    assert list(size_series([], groups[:2])) == ["initial anomalies only"]

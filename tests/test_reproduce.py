@@ -191,6 +191,7 @@ def test_figure_4_and_ahl_and_hardness_have_their_runs(tmp_path):
         (["table2", "--preset", "nope"], ["--preset 'nope'"]),
         (["table3", "--preset", "cpu"], ["--preset 'cpu'"]),
         (["table2", "--normal_classes", "ucm_caption:20", "--data_sets", "flower"], ["'ucm_caption:20'"]),
+        (["table2", "--data", "folder=.", "--data_sets", "flower"], ["'folder=.'", "--data_sets"]),
         (["figure4", "--sizes", "50", "-5"], ["--sizes", "-5"]),
         (["ahl", "--known", "-3"], ["--known", "-3"]),
         (["table2", "--rounds", "-1"], ["--rounds", "-1"]),

@@ -120,6 +120,16 @@ def test_ctrl_c_inside_a_library_that_fails_then_is_still_one(capsys):
     assert "the same command continues" in capsys.readouterr().err
 
 
+def test_after_ctrl_c_nobody_is_told_to_overwrite_what_is_there(capsys, monkeypatch):
+    def main():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.argv", ["main.py", "--overwrite", "--seed", "1"])
+    with pytest.raises(SystemExit):
+        run_script(main)
+    assert "the same command without --overwrite continues" in capsys.readouterr().err
+
+
 def parts():
     return {"net": nn.Linear(2, 1)}
 

@@ -40,7 +40,9 @@ log = logging.getLogger(__name__)
 class CaptionSettings:
     """Captions of anomalies."""
 
-    dataset_name: str = option("flower", "flower, cifar100 (mycifar), ucm_caption, folder or garden")
+    dataset_name: str = option(
+        "flower", "flower, cifar100 (mycifar), ucm_caption, garden, or folder (also for a class of MVTec AD)"
+    )
     data_path: str | None = option(None, "folder of the data set; None: data/<name>, made if it can be")
     normal_class: tuple[int, ...] = option((), "folders taken as normal; none: the data set's own")
     n: int = option(200, "captions wanted")

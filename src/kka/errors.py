@@ -7,6 +7,7 @@ from collections.abc import Callable
 BAD_INPUT = 2  # exit code for input that only the user can mend
 SKIPPED = 3  # for a result without some of the input
 INTERRUPTED = 130  # the shell's code for Ctrl-C
+CONTINUES = "the same command continues where it stopped"
 
 
 class UserError(Exception):
@@ -17,11 +18,13 @@ class TrainingError(Exception):
     """A run that cannot give a meaningful number (NaN loss, collapsed scores); the message says why."""
 
 
-def run_script(main: Callable[[], None], again: str = "the same command continues where it stopped") -> None:
+def run_script(main: Callable[[], None], again: str = CONTINUES) -> None:
     """Run a script's `main` and turn expected failures into one sentence and an exit code.
 
     Bad input exits with 2, Ctrl-C with 130 (`again` says what then), a failed training or a full disk with 1.
     """
+    if again == CONTINUES and "--overwrite" in sys.argv:  # which would remove what is there
+        again = again.replace("command", "command without --overwrite")
     try:
         main()
     except (Exception, KeyboardInterrupt) as error:

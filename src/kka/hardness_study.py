@@ -60,7 +60,7 @@ class HardnessSettings:
         "garden drawings of flowers that are no species of it",
     )
     xp_path: str | None = option(None, "run folder; None: log/<data set>/hardness_<class>_seed<seed>_<hash>")
-    overwrite: bool = option(False, "replace a run of other settings in the same folder")
+    overwrite: bool = option(False, "begin anew: remove the run that the folder holds, finished or not")
     normal_class: tuple[int | str, ...] = option((), "folders taken as normal; none: the data set's own")
     normal_superclass: str | None = option(None, "superclass of CIFAR-100 taken as normal, e.g. furniture")
     n_base: tuple[int, ...] = option((10, 50, 100, 200, 400), "sizes of the base set; smaller ones are parts")

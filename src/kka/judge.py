@@ -58,6 +58,8 @@ def update_anomalies(settings: UpdateSettings) -> tuple[Updated, float]:
     run, current, fresh, out = (
         user_path(place) for place in (s.run, s.anomaly_path, s.fresh, s.out) if place
     )
+    if fresh.resolve() == current.resolve():
+        raise UserError(f"--fresh {fresh} is the current set; give the folder of the new images")
     run = judging_run(run)
     if not (run / RESULTS).exists():
         raise UserError(f"--run {run} is no finished run; train it with src/main.py")

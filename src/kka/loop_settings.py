@@ -30,11 +30,13 @@ PREFIXED: dict[str, type[Any]] = {
 class LoopSettings:
     """Algorithm 1."""
 
-    dataset_name: str = option("flower", "flower, cifar100 (mycifar), ucm_caption, folder or garden")
+    dataset_name: str = option(
+        "flower", "flower, cifar100 (mycifar), ucm_caption, garden, or folder (also for a class of MVTec AD)"
+    )
     data_path: str | None = option(None, "folder of the data set; None: data/<name>, made if it can be")
     xp_path: str | None = option(None, "folder of the loop; None: log/<data set>/<name>")
     name: str | None = option(None, "its name in log/<data set>; None: made from the settings")
-    overwrite: bool = option(False, "replace a loop of other settings in the same folder")
+    overwrite: bool = option(False, "begin anew: remove the loop that the folder holds, finished or not")
     normal_class: tuple[int, ...] = option((), "folders taken as normal; none: the data set's own")
     mode: str = option("rep", "rep: hard anomalies replace easy ones; add: they are added", MODES)
     rounds: int | None = option(None, "updates; None: 3 for CIFAR-100, else 2 (paper)")

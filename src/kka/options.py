@@ -20,7 +20,7 @@ class ExperimentSettings:
     data_path: str | None = option(None, "folder of the data set; None: data/<name>, made if it can be")
     xp_path: str | None = option(None, "run folder; None: log/<data set>/<name>")
     name: str | None = option(None, "name of the run folder in log/<data set>; None: made from the settings")
-    overwrite: bool = option(False, "replace a run of other settings in the same folder")
+    overwrite: bool = option(False, "begin anew: remove the run that the folder holds, finished or not")
     load_config: str | None = option(None, "config.json whose settings are taken where no flag is given")
     load_model: str | None = option(None, "run folder, model.safetensors or model.tar to start from")
     seed: int = option(0, "seed of every random draw; -1: a random one, recorded")

@@ -101,10 +101,16 @@ def check_used(plan: Plan, jobs: Sequence[Job]) -> None:
         raise UserError(
             f"--preset {preset!r} is known to none of the table's detectors; see --help of main.py"
         )
-    for word in plan.settings.normal_classes:
-        name, mark, _ = word.partition(":")
-        if mark and get_spec(name).name not in used:
-            raise UserError(f"--normal_classes {word!r}: {name} is none of the table's data sets")
+    for flag, words, mark in (
+        ("normal_classes", plan.settings.normal_classes, ":"),
+        ("data", plan.settings.data, "="),
+    ):
+        for word in words:
+            name, found, _ = word.partition(mark)
+            if found and get_spec(name).name not in used:
+                raise UserError(
+                    f"--{flag} {word!r}: {name} is none of the table's data sets; see --data_sets"
+                )
     for name in plan.extra:
         if name in RESERVED:
             raise UserError(f"--{name} behind -- is decided by the table; its own flags are before --")

@@ -117,7 +117,7 @@ class Run:
     def begin(self) -> bool:
         """Make the (locked) folder its own; False if the run has finished there."""
         if claim(self.folder, self.identity, self.settings.overwrite):
-            log.info("%s is finished; give --overwrite to repeat it", self.folder)
+            log.info("%s is finished; src/main.py --overwrite repeats it", self.folder)
             return False
         own = {"detector": self.name, **asdict(self.detector_settings)}
         if self.evaluator:

@@ -27,7 +27,7 @@ from kka.datasets.native import Native, common_native, native_of
 from kka.errors import UserError
 from kka.files import write_bytes
 
-CACHE_VERSION = 2  # of the decoding below; another version does not read older caches
+CACHE_VERSION = 3  # of the decoding below; another version does not read older caches
 MAX_WORKING_SIDE = 128  # for a detector of up to 49 px
 SMALLEST_CROP = math.sqrt(0.2 * 3 / 4)  # of a side
 MAX_PIXELS = 64_000_000  # a larger picture is taken for a decompression bomb
@@ -128,10 +128,15 @@ def read_image(path: Path) -> Image.Image:
                 f"{path} has 32 bits per channel, and nothing says which value is white; "
                 "save it with 8 bits per channel"
             )
-        if picture.mode.startswith("I;16"):
-            log.warning("%s has 16 bits per channel; values above 255 become white", path)
         try:
+            if picture.mode.startswith("I;16") and picture.getextrema()[1] > 255:  # all of these become white
+                raise UnreadableImageError(
+                    f"{path} has 16 bits per channel and values above 255, which would all become white; "
+                    "save it with 8 bits per channel"
+                )
             return ImageOps.exif_transpose(picture).convert("RGB")
+        except UnreadableImageError:
+            raise
         except Exception as error:  # Pillow raises many kinds for a damaged file
             raise UnreadableImageError(f"{path} is damaged ({error}); restore it") from None
 

@@ -18,7 +18,10 @@ def class_folder(root: Path, classes: tuple[int | str, ...]) -> Path:
     if not known:
         raise UserError(f"{root} holds no classes of MVTec AD (<class>/train/good); give their folder")
     if len(classes) != 1:
-        raise UserError(f"--dataset_name mvtec needs one --normal_class; {root} has {', '.join(known)}")
+        raise UserError(
+            f"--dataset_name mvtec needs one --normal_class; {root} has {', '.join(known)} "
+            f"(where the flag takes numbers only, give --dataset_name folder --data_path {root / known[0]})"
+        )
     if str(classes[0]) not in known:
         raise UserError(f"{root} has no class {str(classes[0])!r}; it has {', '.join(known)}")
     return root / str(classes[0])

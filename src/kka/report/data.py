@@ -31,6 +31,7 @@ COLUMNS = 8  # images in a row of Fig. 3
 MAX_POINTS = 400  # of a kind in a latent space
 PERPLEXITY = 30.0
 INITIAL = "initial anomalies only"
+UPDATED = "updated by KKA"
 
 
 class NoDataError(Exception):
@@ -131,24 +132,29 @@ def score_panels(groups: Sequence[Group]) -> list[Scores]:
 
 
 def size_series(loops: Sequence[LoopRecord], groups: Sequence[Group]) -> dict[str, list[Size]]:
-    """Fig. 4: sets that were never updated, and those that the loop has updated, as two series.
+    """Fig. 4: sets that were never updated, and those that the loop has updated, as two series per detector.
 
     Loops that differ in the seed only make one point together for each round.
     """
-    series: dict[str, list[Size]] = {INITIAL: [], "updated by KKA": []}
     seeds: dict[str, list[LoopRecord]] = defaultdict(list)
     for loop in loops:
         same_for_seeds = {k: v for k, v in loop.config["identity"].items() if k != "seed"}
         seeds[fingerprint([same_for_seeds, len(loop.rounds)])].append(loop)
     rounds = [each for same in seeds.values() for each in zip(*(loop.groups for loop in same), strict=True)]
-    for own in [*rounds, *((group,) for group in groups)]:
+    shown = [*rounds, *((group,) for group in groups)]
+    detectors = list(dict.fromkeys(own[0].runs[0].detector for own in shown))
+    marks = {name: f"{name}, " if len(detectors) > 1 else "" for name in detectors}
+    series: dict[str, list[Size]] = {
+        mark + kind: [] for mark in marks.values() for kind in (INITIAL, UPDATED)
+    }
+    for own in shown:
         last = max(group.runs[0].newest_round if group.n_generated else 0 for group in own)
         # Of several loops each counts once, with the mean of its evaluators.
         each = [float(np.mean(group.aucs)) for group in own if group.aucs]
         if each:
             n, aucs = np.mean([group.n_generated for group in own]), each if len(own) > 1 else own[0].aucs
             point = Size(round(float(n)), aucs, f"KKA({last})" if last else "")
-            series["updated by KKA" if last else INITIAL].append(point)
+            series[marks[own[0].runs[0].detector] + (UPDATED if last else INITIAL)].append(point)
     if len({point.n for points in series.values() for point in points}) < 2:
         raise NoDataError("it needs runs with different numbers of generated anomalies")
     return {name: points for name, points in series.items() if points}
