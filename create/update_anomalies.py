@@ -19,6 +19,8 @@ def main() -> None:
     updated, share = update_anomalies(settings)
     print(f"{100 * share:.1f} % of the images in {settings.fresh} are hard")
     print(f"{settings.out}: {updated.added} added, {updated.replaced} left, {updated.size} images")
+    if settings.mode == "rep" and settings.per_round and share and not updated.added:
+        print("no hard image came in: there are no easy ones that could leave, or the set had these before")
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def chosen_rows(rows: dict[str, Row], plan: Plan) -> dict[str, Row]:
     """Those of --rows; raises UserError for one that the table has not."""
     unknown = [name for name in plan.settings.rows if name not in rows]
     if unknown:
-        raise UserError(f"--rows {unknown[0]!r} is none of {', '.join(rows)}")
+        raise UserError(f"--rows {unknown[0]!r} is none of {', '.join(map(repr, rows))}")
     return {name: row for name, row in rows.items() if name in (plan.settings.rows or rows)}
 
 

@@ -143,9 +143,10 @@ def draw_sizes(path: Path, series: Mapping[str, Sequence[Size]]) -> None:
             for j, (point, mean) in enumerate(zip(points, means, strict=True)):
                 _annotate(axis, point.label, (point.n, mean), SERIES[k % len(SERIES)], left=j % 2 == 0)
         axis.set_xlabel("number of generated anomalies in training")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.margins(x=0.14)
         percent_axis(axis)
-        axis.legend(loc="lower right")
+        axis.legend(loc="best")
         write_figure(figure, path)
 
 
