@@ -129,9 +129,8 @@ def read_image(path: Path) -> Image.Image:
                 "save it with 8 bits per channel"
             )
         try:
-            if (
-                picture.mode.startswith("I;16") and np.asarray(picture).max() > 255
-            ):  # all of these become white
+            is_deep = picture.mode.startswith("I;16")
+            if is_deep and np.asarray(picture).max() > 255:
                 raise UnreadableImageError(
                     f"{path} has 16 bits per channel and values above 255, which would all become white; "
                     "save it with 8 bits per channel"
