@@ -258,7 +258,7 @@ def replace_in(name, old, new):
         (replace_in("results.json", r'"test_scores"', '"scores"'), "no test scores"),
         (replace_in("results.json", r"^\{", ""), "not valid JSON"),
         (replace_in("config.json", r'"identity"', '"other"'), "not from a run"),
-        (replace_in("config.json", r'"detector"', '"network"'), "another version"),
+        (replace_in("config.json", r'"detector":', '"network":'), "another version"),
         (shutil.rmtree, "does not exist"),
     ],
 )

@@ -53,7 +53,8 @@ def format_flags(settings_class: type) -> str:
 
 
 def _add_group(parser: argparse.ArgumentParser, settings_class: type, prefix: str) -> None:
-    group = parser.add_argument_group((settings_class.__doc__ or "").splitlines()[0].rstrip("."))
+    title = (settings_class.__doc__ or "").splitlines()[0].rstrip(".")
+    group = parser.add_argument_group(f"--{prefix}_*: {title}" if prefix else title)
     hints = typing.get_type_hints(settings_class)
     for field in dataclasses.fields(settings_class):
         _add_flag(group, prefix, field, *_element_type(hints[field.name]))
