@@ -10,7 +10,7 @@ from typing import Any
 
 from kka.errors import UserError
 from kka.files import read_json, write_json
-from kka.runs import RESULTS, ROOT
+from kka.runs import CONFIG, RESULTS, ROOT
 
 SUMMARY, PEAK = "summary.json", "peak.json"
 
@@ -20,6 +20,7 @@ log = logging.getLogger("cells")
 def run_cell(folder: Path, words: Sequence[str], seeds: int) -> None:
     """All seeds of a cell that are not finished, and the peak of memory while they trained.
 
+    A finished cell stays as it is, also if a default has changed since: then its folder has to go first.
     Raises UserError if src/main.py fails.
     """
     if (folder / SUMMARY).exists() and len(read_json(folder / SUMMARY)["seeds"]) == seeds:
@@ -34,7 +35,7 @@ def run_cell(folder: Path, words: Sequence[str], seeds: int) -> None:
 
 
 def read_cell(folder: Path, seeds: int) -> dict[str, Any] | None:
-    """AUCs, seconds, images per second and MiB of a finished cell, None if it is not."""
+    """AUCs, seconds, images per second, MiB and commits of a finished cell, None if it is not."""
     if not (folder / SUMMARY).exists():
         return None
     runs = [read_json(folder / f"seed_{k}" / RESULTS) for k in range(seeds)]
@@ -44,4 +45,7 @@ def read_cell(folder: Path, seeds: int) -> dict[str, Any] | None:
         "train_seconds": sum(r["train_time"] for r in runs) / len(runs),
         "test_images_per_second": sum(speeds) / len(speeds),
         "peak_mib": read_json(folder / PEAK) if (folder / PEAK).exists() else None,
+        "commits": sorted(
+            {str(read_json(folder / f"seed_{k}" / CONFIG)["git_commit"]) for k in range(seeds)}
+        ),
     }

@@ -4,7 +4,7 @@
 
 Each data set must have a folder 0, whose images stand for the generated ones. Every cell is one call of
 src/main.py with several seeds: finished ones are not run again, interrupted ones continue, and the table is
-written after each of them.
+written after each of them. After a change of a default give another --folder.
 """
 
 import logging
@@ -20,7 +20,7 @@ from kka import paper
 from kka.errors import UserError, run_script
 from kka.files import write_bytes, write_json
 from kka.metrics import format_interval
-from kka.runs import ROOT, git_commit
+from kka.runs import ROOT
 from kka.settings import build_parser, make_settings, option
 
 
@@ -110,7 +110,7 @@ def main() -> None:
     for row in s.rows or ROWS:
         for name in sets:
             run(row, name, s)
-            report = {"processor": processor(), "git_commit": git_commit(), "cells": collect(sets, s)}
+            report = {"processor": processor(), "cells": collect(sets, s)}
             write_json(Path(f"{s.out}.json"), report, indent=1)
             write_bytes(Path(f"{s.out}.md"), to_markdown(report, sets).encode())
     print(to_markdown(report, sets))
@@ -166,8 +166,10 @@ def to_markdown(report: dict[str, Any], sets: Sequence[str]) -> str:
         rows.append(line)
         speeds.append(speed)
     titles = [SETS[name][0] for name in sets]
+    made = [cell for cells in report["cells"].values() for cell in cells.values()]
+    commits = sorted({commit for cell in made for commit in cell["commits"]})
     return (
-        f"{report['processor']}, commit {report['git_commit']}\n"
+        f"{report['processor']}, runs made by commits {', '.join(commits)}\n"
         + table("AUC, %|" + "|".join(f"{title}|paper" for title in titles), rows)
         + table("|" + "|".join(f"{title}: training, s|images/s|MiB" for title in titles), speeds)
         + DIFFERENCES

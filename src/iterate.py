@@ -36,8 +36,8 @@ def main() -> None:
     torch.set_flush_denormal(True)  # before there are threads, which inherit it
     flags, detector = parse_command("Algorithm 1, unattended.", LoopSettings, **PREFIXED)
     settings = make_settings(LoopSettings, flags)
-    llm, drawer, tuning, pairs, _ = (
-        make_settings(cls, take_prefix(prefix, flags)) for prefix, cls in PREFIXED.items()
+    llm, drawer, tuning, pairs = (
+        make_settings(PREFIXED[name], take_prefix(name, flags)) for name in ("llm", "drawer", "tune", "pairs")
     )
     check_report_to(settings.report_to)
     check_name(settings.name)

@@ -19,7 +19,7 @@ from kka.detectors.ahl_steps import (
     official_errors,
     query_gradient,
 )
-from kka.detectors.ahl_tasks import Part, bank_labels, cluster_normals, make_tasks
+from kka.detectors.ahl_tasks import bank_labels, cluster_normals, make_tasks
 from kka.detectors.deviation import MARGIN, DevNetHeads, DRAHeads, find_groups
 from kka.errors import UserError
 from kka.journal import Journal
@@ -332,21 +332,15 @@ def test_psi_stays_on_the_cpu_where_its_dropout_follows_the_seed():
     assert {tensor.device.type for tensor in learning.heads.parameters()} == {"meta"}
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"n_clusters": 1}, "--n_clusters must be at least 2"),
-        ({"inner_steps": 0}, "--inner_steps must be above 0"),
-        ({"base_epochs": -1}, "--base_epochs must not be negative"),
-        ({"pseudo": ("blur",)}, "--pseudo blur"),
-    ],
-)
+SENSELESS = [
+    ({"n_clusters": 1}, "--n_clusters must be at least 2"),
+    ({"inner_steps": 0}, "--inner_steps must be above 0"),
+    ({"base_epochs": -1}, "--base_epochs must not be negative"),
+    ({"pseudo": ("blur",)}, "--pseudo blur"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), SENSELESS)
 def test_settings_that_make_no_sense_are_named(changes, message):
     with pytest.raises(UserError, match=message):
         AHL(replace(TINY, **changes))
-
-
-def test_batches_have_equal_parts():
-    part = Part(torch.arange(5), torch.arange(5, 10), torch.arange(10, 11))
-    for rows in part.batches(9, 4, torch.Generator().manual_seed(0)):
-        assert torch.equal(rows // 5, torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2]))

@@ -1,4 +1,4 @@
-"""AHL's features: kept on disk, of turned images."""
+"""AHL's features, kept on disk, of turned images; and the batches that are drawn of them."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ from test_ahl import TINY, two_kinds
 from toy_tensors import toy_images
 
 from kka.detectors.ahl import AHL
-from kka.detectors.ahl_tasks import FeatureBank
+from kka.detectors.ahl_tasks import FeatureBank, Part
 from kka.detectors.deviation import find_groups
 
 
@@ -70,3 +70,9 @@ def test_each_image_is_taken_in_all_its_views():
     assert seen == {(True, False, False), (False, True, False), (False, False, True)}
     first = bank.take(torch.tensor([1]), torch.device("cpu"))[0].flatten()
     assert torch.equal(first, views[0, 1])
+
+
+def test_batches_have_equal_parts():
+    part = Part(torch.arange(5), torch.arange(5, 10), torch.arange(10, 11))
+    for rows in part.batches(9, 4, torch.Generator().manual_seed(0)):
+        assert torch.equal(rows // 5, torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2]))
