@@ -1,8 +1,10 @@
 """Experiments: every seed of one setting, with mean and interval."""
 
+import json
 import logging
 import secrets
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,10 @@ from kka.errors import UserError
 from kka.evaluator import evaluator_run
 from kka.files import user_path, write_json
 from kka.metrics import deviation, format_interval, mean_interval
-from kka.options import ExperimentSettings, check_options
+from kka.options import PLACE, ExperimentSettings, check_options
 from kka.results import load_weights
 from kka.run import Run, execute
-from kka.runs import CONFIG
+from kka.runs import CONFIG, ROOT, fingerprint
 
 NETWORK_FLAGS = ("net_name", "arch", "backbone")  # of the detectors, for messages
 
@@ -35,7 +37,7 @@ log = logging.getLogger(__name__)
 def run_experiment(
     settings: ExperimentSettings, detector: DetectorSettings, evaluator: FrozenSettings | None = None
 ) -> list[dict[str, Any]]:
-    """Run one experiment for every seed; returns the results, and with several seeds writes summary.json.
+    """Run one experiment for every seed and, with --each_class, class; several runs get a summary.json.
 
     With an evaluator, which splits the anomalies in the detector's place, each run has one within its folder.
     Raises UserError for bad input, TrainingError for a run without a meaningful result.
@@ -44,7 +46,8 @@ def run_experiment(
     check_options(settings)
     if settings.vmap_seeds > 1:
         check_together(detector)
-        settings = settings if settings.runs > 1 else replace(settings, runs=settings.vmap_seeds)
+        if settings.runs == 1 and not settings.each_class:
+            settings = replace(settings, runs=settings.vmap_seeds)
     detector = fill_epochs(detector, spec)
     weights = load_weights(Path(settings.load_model)) if settings.load_model else None
     check_detector(detector, weights, settings.load_model)
@@ -53,28 +56,85 @@ def run_experiment(
         torch.set_num_threads(settings.num_threads)
     root = data_root(spec, settings.data_path)
     first = secrets.randbelow(2**31) if settings.seed == -1 else settings.seed
-    seeds = [replace(settings, seed=first + k) for k in range(settings.runs)]
-    tasks = [choose_task(each, spec, root) for each in seeds]
+    settings = replace(settings, seed=first)
+    cases = one_per_class(settings, detector, spec, root) if settings.each_class else [settings]
     runs = [
-        Run(each, detector, spec, task, device, weights, evaluator)
-        for each, task in zip(seeds, tasks, strict=True)
+        Run(each, detector, spec, choose_task(each, spec, root), device, weights, evaluator)
+        for case in cases
+        for each in [replace(case, seed=first + k) for k in range(case.runs)]
     ]
-    if settings.runs > 1 and (runs[0].folder.parent / CONFIG).exists():
-        raise UserError(
-            f"{runs[0].folder.parent} holds a single run; choose another --xp_path or --name for --runs"
-        )
-    together = settings.vmap_seeds
+    refuse_single_run(runs)
     try:
-        results = [each for k in range(0, len(runs), together) for each in execute(runs[k : k + together])]
+        results = [each for group in groups(runs, settings.vmap_seeds) for each in execute(group)]
         if evaluator:
             for judge in [evaluator_run(run, evaluator) for run in runs]:
                 judge.execute()
                 log.info("hard and easy anomalies by frozen features are in %s", judge.folder)
     except UnreadableImageError as error:
         raise UserError(f"{error} or give --skip_bad_images") from None
-    if settings.runs > 1:
-        summarize(runs[0].folder.parent, results)
+    summarize_all(runs, results, [str(case.normal_class[0]) for case in cases if settings.each_class])
     return results
+
+
+def one_per_class(
+    settings: ExperimentSettings, detector: DetectorSettings, spec: DataSetSpec, root: Path
+) -> list[ExperimentSettings]:
+    """The experiments of --each_class: one class normal in each, in a folder of its own within a common one.
+
+    --user_dict says then what is tested, and whether folder 0 is trained on. Raises UserError for a data set
+    without classes.
+    """
+    if spec.name == "folder":
+        raise UserError("--each_class needs a data set with classes; --dataset_name folder has only `good`")
+    given = parse_user_dict(settings.user_dict) if settings.user_dict is not None else None
+    if spec.name == mvtec.SPEC.name:
+        classes: Sequence[int | str] = settings.normal_class or mvtec.class_names(root)
+    else:
+        tested = [i for i in (given or spec.user_dict)[1] if i != ANOMALY_FOLDER]
+        classes = find_normal_classes(settings, spec) or tested
+    parent = class_parent(settings, detector, spec, classes)
+    cases = []
+    for i in classes:
+        own = {0: [i, *[ANOMALY_FOLDER] * (ANOMALY_FOLDER in given[0])], 1: given[1]} if given else None
+        case = replace(
+            settings, normal_class=(i,), normal_superclass=None, xp_path=str(parent / f"class_{i}")
+        )
+        cases.append(replace(case, user_dict=json.dumps(own)) if own else case)
+    return cases
+
+
+def class_parent(
+    settings: ExperimentSettings, detector: DetectorSettings, spec: DataSetSpec, classes: Sequence[int | str]
+) -> Path:
+    """The folder of the folders of each class."""
+    if settings.xp_path:
+        return user_path(settings.xp_path)
+    decides = {k: v for k, v in asdict(settings).items() if k not in PLACE | {"normal_class", "seed"}}
+    digest = fingerprint([decides, detector_name(detector), asdict(detector), list(map(str, classes))])[:6]
+    seeds = f"runs{settings.runs}" if settings.runs > 1 else f"seed{settings.seed}"
+    name = settings.name or f"{detector_name(detector)}_each_class_{seeds}_{digest}"
+    return ROOT / "log" / spec.name / name
+
+
+def groups(runs: Sequence[Run], n: int) -> list[list[Run]]:
+    """Runs that are trained together: at most n, neighbours with equally many images to train on."""
+    found: list[list[Run]] = []
+    for run in runs:
+        if found and len(found[-1]) < n and run.task.n_training == found[-1][0].task.n_training:
+            found[-1].append(run)
+        else:
+            found.append([run])
+    return found
+
+
+def refuse_single_run(runs: Sequence[Run]) -> None:
+    """Raises UserError if a folder that is to hold several runs is one itself."""
+    for run in runs:
+        by_class, by_seed = run.settings.each_class, run.settings.runs > 1
+        for parent in run.folder.parents[: by_class + by_seed]:
+            if (parent / CONFIG).exists():
+                flag = "--each_class" if by_class else "--runs"
+                raise UserError(f"{parent} holds a single run; choose another --xp_path or --name for {flag}")
 
 
 def fill_epochs(detector: Any, spec: DataSetSpec) -> Any:
@@ -169,9 +229,22 @@ def find_device(name: str, strict: bool) -> torch.device:
     return torch.device("cpu")
 
 
-def summarize(folder: Path, results: list[dict[str, Any]]) -> None:
-    """Write summary.json with every seed's AUC, mean, 95 % t-interval and standard deviation, and log it."""
+def summarize_all(runs: Sequence[Run], results: list[dict[str, Any]], classes: Sequence[str]) -> None:
+    """The summaries of the seeds of each experiment, and of --each_class that of all classes."""
+    several, per_class = runs[0].settings.runs, len(results) // max(1, len(classes))
+    if several > 1:
+        for k in range(0, len(runs), several):
+            summarize(runs[k].folder.parent, results[k : k + several])
+    if classes:
+        parent = runs[0].folder.parents[several > 1]
+        summarize(parent, results, [name for name in classes for _ in range(per_class)])
+
+
+def summarize(folder: Path, results: list[dict[str, Any]], classes: Sequence[str] = ()) -> None:
+    """Write summary.json with every run's AUC, mean, 95 % t-interval and standard deviation, and log it."""
     summary: dict[str, Any] = {"seeds": [result["seed"] for result in results]}
+    if classes:
+        summary["normal_classes"] = list(classes)
     for key in ("test_auc", "test_aupr"):
         values = [result[key] for result in results]
         summary[key] = values
@@ -180,5 +253,8 @@ def summarize(folder: Path, results: list[dict[str, Any]]) -> None:
             summary[f"{key}_std"] = deviation(values)
     write_json(folder / "summary.json", summary, indent=2)
     if "test_auc_mean" in summary:
-        log.info("test AUC over %d seeds: %s %%", len(results), format_interval(summary["test_auc"]))
+        of = (
+            f"{len(set(classes))} normal classes, {len(results)} runs" if classes else f"{len(results)} seeds"
+        )
+        log.info("test AUC over %s: %s %%", of, format_interval(summary["test_auc"]))
     log.info("summary: %s", folder / "summary.json")

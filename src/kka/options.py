@@ -26,7 +26,13 @@ class ExperimentSettings:
     seed: int = option(0, "seed of every random draw; -1: a random one, recorded")
     runs: int = option(1, "number of runs with seeds from --seed on, reported as mean and 95 % interval")
     vmap_seeds: int = option(
-        1, "seeds of --runs that are trained together as one model; without --runs that many (Deep SAD)"
+        1,
+        "seeds of --runs, or classes of --each_class, that are trained together as one model; without both "
+        "that many seeds (Deep SAD)",
+    )
+    each_class: bool = option(
+        False,
+        "an experiment for each of --normal_class (none: each class of the data set), not one with all",
     )
     device: str = option("cuda", "cpu, cuda or cuda:N; without a GPU the CPU is taken")
     strict_device: bool = option(False, "stop if the device is not there")
@@ -85,9 +91,9 @@ class ExperimentSettings:
 
 # Settings that change where or how fast a run is made, or that its identity holds by content.
 PLACE = frozenset({
-    "data_path", "xp_path", "name", "overwrite", "load_config", "load_model", "runs", "vmap_seeds", "device",
-    "strict_device", "num_threads", "n_jobs_dataloader", "anomaly_path", "user_dict", "checkpoint_every",
-    "report_to",
+    "data_path", "xp_path", "name", "overwrite", "load_config", "load_model", "runs", "vmap_seeds",
+    "each_class", "device", "strict_device", "num_threads", "n_jobs_dataloader", "anomaly_path", "user_dict",
+    "checkpoint_every", "report_to",
 })  # fmt: skip
 
 

@@ -56,8 +56,9 @@ WITHOUT_ROWS = ("table3", "table4", "figure4")
 PAPER_SETS = ("cifar100", "flower", "ucm_caption")
 # Flags of the runs that the table decides.
 RESERVED = frozenset({
-    "dataset_name", "data_path", "normal_class", "normal_superclass", "seed", "runs", "vmap_seeds", "xp_path",
-    "name", "overwrite", "load_config", "detector", "mode", "rounds", "n_anomalies", "n_anomaly", "help",
+    "dataset_name", "data_path", "normal_class", "normal_superclass", "seed", "runs", "vmap_seeds",
+    "each_class", "xp_path", "name", "overwrite", "load_config", "detector", "mode", "rounds", "n_anomalies",
+    "n_anomaly", "help",
 })  # fmt: skip
 
 

@@ -122,7 +122,8 @@ class Run:
         own = {"detector": self.name, **asdict(self.detector_settings)}
         if self.evaluator:
             own |= {f"{EVALUATOR}_{key}": value for key, value in asdict(self.evaluator).items()}
-        settings = {**asdict(self.settings), "runs": 1, "vmap_seeds": 1, **own}
+        alone = {"runs": 1, "vmap_seeds": 1, "each_class": False}
+        settings = {**asdict(self.settings), **alone, **own}
         write_config(self.folder, self.identity, settings)
         return True
 

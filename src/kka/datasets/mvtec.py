@@ -12,11 +12,17 @@ from kka.errors import UserError
 SPEC = replace(folder.SPEC, name="mvtec", title="MVTec AD")
 
 
-def class_folder(root: Path, classes: tuple[int | str, ...]) -> Path:
-    """The folder of the one class that is named; raises UserError listing what there is."""
+def class_names(root: Path) -> list[str]:
+    """Its classes; raises UserError if there are none."""
     known = sorted(path.parent.parent.name for path in root.glob(f"*/train/{folder.GOOD}"))
     if not known:
         raise UserError(f"{root} holds no classes of MVTec AD (<class>/train/good); give their folder")
+    return known
+
+
+def class_folder(root: Path, classes: tuple[int | str, ...]) -> Path:
+    """The folder of the one class that is named; raises UserError listing what there is."""
+    known = class_names(root)
     if len(classes) != 1:
         raise UserError(
             f"--dataset_name mvtec needs one --normal_class; {root} has {', '.join(known)} "
