@@ -43,7 +43,7 @@ def main() -> None:
         auc = auroc(labels, load_detector(run, torch.device("cpu")).score(torch.cat([normals, sent])).numpy())
         print(f"{run}: {100 * auc:.1f} %" if auc is not None else f"{run}: n/a")
         aucs += [auc] if auc is not None else []
-    print(f"autoencoded normals against normals: {format_interval(aucs)} %")
+    print(f"autoencoded normals against normals: {format_interval(aucs, unit=' %')}")
 
 
 @torch.no_grad()

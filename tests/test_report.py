@@ -85,7 +85,7 @@ def test_loop_has_every_figure_and_its_table(loop, reported):
     text, record = page_of(reported), read_loop(loop)
     assert ("Left out" in text) == (not tuned)
     for row in record.rounds:
-        assert f"<td>{format_interval(row['test_aucs'])} %</td>" in text
+        assert f"<td>{format_interval(row['test_aucs'], unit=' %')}</td>" in text
 
 
 def test_gallery_holds_every_image_of_the_loop_with_its_judgement(loop, reported):

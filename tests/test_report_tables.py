@@ -97,8 +97,10 @@ def test_malformed_table_is_refused(tmp_path, change, part):
 
 
 def test_detectors_are_not_joined_to_one_line():
-    def group(detector, n, auc):
-        run = SimpleNamespace(detector=detector, auc=auc, newest_round=0, results={"n_generated": n})
+    def group(detector, n, auc, **settings):
+        run = SimpleNamespace(
+            detector=detector, auc=auc, newest_round=0, results={"n_generated": n}, settings=settings
+        )
         return Group(detector, Path(), (run,))
 
     groups = [
@@ -113,3 +115,16 @@ def test_detectors_are_not_joined_to_one_line():
         "ssd, initial anomalies only": [(0, [0.5]), (9, [0.7])],
     }
     assert list(size_series([], groups[:2])) == ["initial anomalies only"]
+    others = [
+        group("deep_sad", n, 0.5, lr=rate, normal_class=[20, 21])
+        for n, rate in ((0, 0.1), (9, 0.1), (9, 0.2))
+    ]
+    assert list(size_series([], others)) == [
+        "lr 0.1, initial anomalies only",
+        "lr 0.2, initial anomalies only",
+    ]
+    others += [group("ssd", 9, 0.5, lr=0.3, normal_class=[7])]
+    assert list(size_series([], others))[1:] == [
+        "deep_sad, normal 20 21, lr 0.2, initial anomalies only",
+        "ssd, normal 7, lr 0.3, initial anomalies only",
+    ]

@@ -132,7 +132,7 @@ def test_two_seeds_give_a_mean_and_its_interval(toy_set, tmp_path, finished):
         assert summary[f"{key}_std"] == pytest.approx(abs(first - second) / 2**0.5)
     assert summary["test_aupr"][0] != summary["test_aupr"][1]
     mean, half = 100 * summary["test_auc_mean"], 100 * summary["test_auc_interval95"]
-    assert f"test AUC over 2 seeds: {mean:.2f} ± {half:.2f} (n = 2) %" in outcome.log
+    assert f"test AUC over 2 seeds: {mean:.2f} ± {half:.2f} % (n = 2)" in outcome.log
     before = (tmp_path / "runs" / "summary.json").read_bytes()
     again = run(toy_set, tmp_path / "runs", runs=2)
     assert again.log.count("is finished") == 2

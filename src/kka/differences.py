@@ -47,7 +47,7 @@ def mixed_settings(runs: Sequence[Run], ignored: Sequence[str] = ()) -> str:
     found = []
     keys = sorted({key for run in runs for key in run.settings if _decides(key)} - set(ignored))
     for key in keys:
-        values = list(dict.fromkeys(_shown(run.settings.get(key)) for run in runs))
+        values = list(dict.fromkeys(shown(run.settings.get(key)) for run in runs))
         if len(values) > 1:
             found.append(f"{key} ({', '.join(values)})")
     return ", ".join(found)
@@ -57,7 +57,7 @@ def _decides(key: str) -> bool:
     return key not in VARIED | PLACE | LOOP_PLACE | SPEED and not key.endswith("_device")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value for publication: of a path only its name."""
     if isinstance(value, str) and "/" in value and Path(value).is_absolute():
         return Path(value).name
@@ -85,7 +85,7 @@ def other_settings(settings: Mapping[str, Any]) -> str:
     if "n_epochs" in settings and defaults.get("n_epochs") is None:
         defaults["n_epochs"] = spec.n_epochs
     return ", ".join(
-        f"{key} {_shown(value)} ({_shown(defaults[key])})"
+        f"{key} {shown(value)} ({shown(defaults[key])})"
         for key, value in sorted(settings.items())
         if key in defaults and _decides(key) and key not in ASKED | IN_WORDS
         and value not in (defaults[key], _listed(defaults[key]))
@@ -134,7 +134,7 @@ def _describe_llm(s: Mapping[str, Any]) -> str:
     model = s["llm_model"] or DEFAULT_MODEL[s["llm_backend"]]
     if model == DEFAULT_MODEL["transformers"]:
         return f"LLM: {model}, as in the paper."
-    return f"LLM: {_shown(model)} ({s['llm_backend']}), which stands in for {DEFAULT_MODEL['transformers']}."
+    return f"LLM: {shown(model)} ({s['llm_backend']}), which stands in for {DEFAULT_MODEL['transformers']}."
 
 
 def _describe_drawer(s: Mapping[str, Any]) -> str:
@@ -147,10 +147,10 @@ def _describe_drawer(s: Mapping[str, Any]) -> str:
         return "Drawer: the garden's own, which stands in for a text-to-image model."
     if s["drawer_backend"] == "diffusers" and s.get("drawer_preset") == "own":
         return (
-            f"Drawer: {_shown(s.get('drawer_model'))} (diffusers), which stands in for Stable Diffusion 1.5."
+            f"Drawer: {shown(s.get('drawer_model'))} (diffusers), which stands in for Stable Diffusion 1.5."
         )
     model = s.get("drawer_model") or s.get("drawer_preset") or "its default model"
-    return f"Drawer: {s['drawer_backend']}, {_shown(model)} (paper: CogView-3-Plus or Stable Diffusion)."
+    return f"Drawer: {s['drawer_backend']}, {shown(model)} (paper: CogView-3-Plus or Stable Diffusion)."
 
 
 def _classes(runs: Iterable[Run]) -> list[str]:

@@ -256,5 +256,5 @@ def summarize(folder: Path, results: list[dict[str, Any]], classes: Sequence[str
         of = (
             f"{len(set(classes))} normal classes, {len(results)} runs" if classes else f"{len(results)} seeds"
         )
-        log.info("test AUC over %s: %s %%", of, format_interval(summary["test_auc"]))
+        log.info("test AUC over %s: %s", of, format_interval(summary["test_auc"], unit=" %"))
     log.info("summary: %s", folder / "summary.json")

@@ -148,7 +148,7 @@ def _percent(value: float) -> str:
 
 def _mean(aucs: Sequence[float | None]) -> str:
     known = [auc for auc in aucs if auc is not None]
-    return f"{format_interval(known)} %" if known else "n/a"
+    return format_interval(known, unit=" %") if known else "n/a"
 
 
 # What the mode of a loop does not change: the part without anomalies, round 0, and in round 1 the tuned LLM

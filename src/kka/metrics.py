@@ -42,8 +42,8 @@ def deviation(values: Sequence[float]) -> float | None:
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def format_interval(values: Sequence[float], scale: float = 100) -> str:
-    """ "mean ± half width (n)" in percent, or the mean alone for one value."""
+def format_interval(values: Sequence[float], scale: float = 100, unit: str = "") -> str:
+    """ "mean ± half width (n)" in percent, or the mean alone for one value; the unit is said if given."""
     mean, half = mean_interval(values)
     interval = f" ± {scale * half:.2f}" if half is not None else ""
-    return f"{scale * mean:.2f}{interval} (n = {len(values)})"
+    return f"{scale * mean:.2f}{interval}{unit} (n = {len(values)})"

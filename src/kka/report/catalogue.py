@@ -141,7 +141,7 @@ def _sizes(material: Material, path: Path) -> Drawn:
         series = data.size_series(material.loops, material.groups)
     charts.draw_sizes(path, series)
     points = [
-        f"{name}, {point.n} images {point.label}: {format_interval(point.aucs)} %"
+        f"{name}, {point.n} images {point.label}: {format_interval(point.aucs, unit=' %')}"
         for name, each in series.items()
         for point in each
     ]
@@ -227,7 +227,7 @@ def _classes(material: Material, path: Path) -> Drawn:
     total = min(len(each) for each in series.values())
     cut = f" {len(shown)} of {total} classes: the lowest and the highest." if len(shown) < total else ""
     *_, (name, last) = series.items()
-    ends = [f"{each} {format_interval(last[each])} %" for each in (shown[0], shown[-1])]
+    ends = [f"{each} {format_interval(last[each], unit=' %')}" for each in (shown[0], shown[-1])]
     description = (
         f"Classes in the order of {name}; means over seeds, and lines from the lowest to the highest.{cut}"
     )

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from kka.anomalies import Item, read_lines
 from kka.datasets import get_spec
 from kka.datasets.layout import Images
 from kka.datasets.task import Task
+from kka.detectors import DETECTORS
+from kka.differences import shown
 from kka.experiment import choose_task
 from kka.figures.charts import Curve, Scores, Share, Size, score_unit
 from kka.figures.images import Row, Shown
@@ -132,9 +135,10 @@ def score_panels(groups: Sequence[Group]) -> list[Scores]:
 
 
 def size_series(loops: Sequence[LoopRecord], groups: Sequence[Group]) -> dict[str, list[Size]]:
-    """Fig. 4: sets that were never updated, and those that the loop has updated, as two series per detector.
+    """Fig. 4: sets that were never updated, and those that the loop has updated, as two series.
 
-    Loops that differ in the seed only make one point together for each round.
+    Loops that differ in the seed only make one point together for each round. Detectors, their settings and
+    normal classes are not joined to one line.
     """
     seeds: dict[str, list[LoopRecord]] = defaultdict(list)
     for loop in loops:
@@ -142,22 +146,38 @@ def size_series(loops: Sequence[LoopRecord], groups: Sequence[Group]) -> dict[st
         seeds[fingerprint([same_for_seeds, len(loop.rounds)])].append(loop)
     rounds = [each for same in seeds.values() for each in zip(*(loop.groups for loop in same), strict=True)]
     shown = [*rounds, *((group,) for group in groups)]
-    detectors = list(dict.fromkeys(own[0].runs[0].detector for own in shown))
-    marks = {name: f"{name}, " if len(detectors) > 1 else "" for name in detectors}
+    marks = _line_names([own[0].runs[0] for own in shown])
     series: dict[str, list[Size]] = {
-        mark + kind: [] for mark in marks.values() for kind in (INITIAL, UPDATED)
+        mark + kind: [] for mark in dict.fromkeys(marks) for kind in (INITIAL, UPDATED)
     }
-    for own in shown:
+    for mark, own in zip(marks, shown, strict=True):
         last = max(group.runs[0].newest_round if group.n_generated else 0 for group in own)
         # Of several loops each counts once, with the mean of its evaluators.
         each = [float(np.mean(group.aucs)) for group in own if group.aucs]
         if each:
             n, aucs = np.mean([group.n_generated for group in own]), each if len(own) > 1 else own[0].aucs
             point = Size(round(float(n)), aucs, f"KKA({last})" if last else "")
-            series[marks[own[0].runs[0].detector] + (UPDATED if last else INITIAL)].append(point)
+            series[mark + (UPDATED if last else INITIAL)].append(point)
     if len({point.n for points in series.values() for point in points}) < 2:
         raise NoDataError("it needs runs with different numbers of generated anomalies")
     return {name: points for name, points in series.items() if points}
+
+
+def _line_names(runs: Sequence[FinishedRun]) -> list[str]:
+    """What sets the line of each run apart, as far as they differ: detector, its settings, normal class."""
+    keys = {"detector": "", "dataset_name": "", "normal_class": "normal ", "normal_superclass": ""}
+    found = [{key: run.settings.get(key) for key in keys} | {"detector": run.detector} for run in runs]
+    for values, run in zip(found, runs, strict=True):
+        values |= {key: run.settings.get(key) for key in asdict(DETECTORS[run.detector][0]())}
+
+    def differs(key: str) -> bool:
+        return len({str(values[key]) for values in found if key in values}) > 1
+
+    varied = dict.fromkeys(key for values in found for key in values if differs(key))
+    return [
+        "".join(f"{keys.get(key, f'{key} ')}{shown(values[key])}, " for key in varied if key in values)
+        for values in found
+    ]
 
 
 def table_sizes(table: Table) -> dict[str, list[Size]]:
