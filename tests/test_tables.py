@@ -280,12 +280,14 @@ def test_studies_are_compared_in_pairs(tmp_path):
         write_study(tmp_path / "1", 1, base=0.50, add_random=0.55, add_hard=0.60),
     )
     rows = {row["name"]: row["cells"] for row in compare("T", [Cell("deep_sad", "Oxford-102", jobs)])["rows"]}
-    hard, new, auc, against, base = rows["Oxford-102, deep_sad, 50: add hard"]
+    hard, new, auc, against, _, base = rows["Oxford-102, deep_sad, 50: add hard"]
     assert (hard["text"], new["text"]) == ("25", "9")
     assert auc["aucs"] == [0.8, 0.6]
     assert against["text"] == "+5.00 ± 0.00"  # though the AUCs themselves lie 20 points apart
     assert base["text"] == "+10.00 ± 0.00"
-    assert rows["Oxford-102, deep_sad, 50: base"][4]["text"] == ""
+    assert rows["Oxford-102, deep_sad, 50: add hard"][4]["text"] == ""
+    assert rows["Oxford-102, deep_sad, 50: add random"][4]["text"] == "-5.00 ± 0.00"
+    assert [cell["text"] for cell in rows["Oxford-102, deep_sad, 50: base"][3:]] == [""] * 3
 
 
 @pytest.mark.parametrize(("name", "text"), [("notes.md", "mine"), ("notes.json", "{}"), ("notes.json", "[")])

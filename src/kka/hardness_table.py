@@ -12,7 +12,7 @@ from kka.sweep import Job
 from kka.tables import LEFT_OUT, MIXED, Cell, cell_text
 
 EMPTY: dict[str, Any] = {"aucs": {}}  # a size that a study does not have
-COLUMNS = ("hard, %", "new", "AUC, %", "minus add/rep random", "minus base set")
+COLUMNS = ("hard, %", "new", "AUC, %", "minus add/rep random", "minus add/rep hard", "minus base set")
 
 
 def compare(title: str, cells: Sequence[Cell]) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def _row(title: str, key: str, found: Sequence[dict[str, Any]], asked: int) -> d
         _mean_cell([100 * each["hard"] for each in found]),
         _mean_cell([each["n_new"][key] for each in found]),
         _cell(aucs, asked),
-        *(_difference(key, other, found) for other in (f"{mode} random", "base")),
+        *(_difference(key, other, found) for other in (f"{mode} random", f"{mode} hard", "base")),
     ]
     return {"name": title, "cells": cells}
 
