@@ -31,6 +31,8 @@ from kka.detectors.side_by_side import Share, side_by_side
 from kka.errors import TrainingError, UserError
 from kka.journal import Journal, align
 from kka.networks.lenet import NETWORKS, Autoencoder
+from kka.report.sources import read_group
+from kka.trained import find_run
 
 SEEDS = range(3)
 FAST = {"n_epochs": 3, "ae_n_epochs": 2, "batch_size": 8, "ae_batch_size": 8, "lr_milestone": (2,)}
@@ -284,6 +286,13 @@ def test_runs_of_each_class_are_found_finished_one_by_one(toy_set, classes):
     outcome = run_toy(toy_set, classes[0], **flags(runs=2), each_class=True, normal_class=[3])
     assert outcome.code == 0, outcome.stderr
     assert outcome.log.count("is finished") == 2
+
+
+def test_report_and_predict_name_the_folders_of_the_classes(classes):
+    with pytest.raises(UserError, match=r"class_1 \S*class_2 \S*class_3$"):
+        read_group(classes[0])
+    with pytest.raises(UserError, match="class_1, class_2, class_3; give one"):
+        find_run(classes[0])
 
 
 def test_classes_of_other_sizes_are_trained_apart(toy_set, tmp_path):

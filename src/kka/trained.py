@@ -93,10 +93,11 @@ def find_run(path: Path) -> Path:
     if inner:
         log.info("--model %s is not a run itself; taking %s", path, inner[-1])
         return inner[-1]
-    seeds = sorted((folder for folder in path.glob("seed_*") if folder.is_dir()), key=_number)
-    if seeds:
-        names = ", ".join(folder.name for folder in seeds)
-        raise UserError(f"--model {path} holds several runs, {names}; give one of them, --model {seeds[0]}")
+    several = [folder for kind in ("seed_*", "class_*") for folder in path.glob(kind) if folder.is_dir()]
+    if several:
+        several.sort(key=_number)
+        names = ", ".join(folder.name for folder in several)
+        raise UserError(f"--model {path} holds several runs, {names}; give one of them, --model {several[0]}")
     if (path / CONFIG).exists():
         raise UserError(f"--model {path} is no finished run; give the command that made it once more")
     raise UserError(f"--model {path} is no run folder; it has no {MODEL_CARD}")

@@ -202,9 +202,9 @@ def read_config(folder: Path) -> Mapping[str, Any]:
         what = "is a file" if folder.exists() else "does not exist"
         raise UserError(f"{folder} {what}; give a run folder, a loop folder or a table's .json")
     if not (folder / CONFIG).exists():
-        raise UserError(
-            f"{folder} holds no run ({CONFIG} is missing); give a folder of main.py or iterate.py"
-        )
+        classes = " ".join(sorted(map(str, folder.glob("class_*"))))
+        there = f"the runs of one class each: {classes}" if classes else "a folder of main.py or iterate.py"
+        raise UserError(f"{folder} holds no run ({CONFIG} is missing); give {there}")
     config = read_json(folder / CONFIG)
     parts = [config.get(key) for key in ("settings", "identity")] if isinstance(config, dict) else [None]
     if not all(isinstance(part, dict) for part in parts):
