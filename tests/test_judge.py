@@ -145,6 +145,23 @@ def test_the_current_set_is_not_judged_as_the_fresh_one(call, world, tmp_path):
     assert snapshot(world / "set") == before
 
 
+def test_where_no_easy_one_can_leave_no_hard_one_comes_in(call, world, tmp_path):
+    run = shutil.copytree(world / "run", tmp_path / "all_hard")
+    rows = [row for name in ("d_samples.json", "e_samples.json") for row in read_json(run / name)]
+    card = read_json(run / "model.json")
+    for name, value in (
+        ("d_samples.json", rows), ("e_samples.json", []), ("model.json", {**card, "threshold": 1e9}),
+    ):  # fmt: skip
+        (run / name).write_text(json.dumps(value))
+    said = "no hard image came in: there are no easy ones that could leave"
+    for mode, added in (("rep", 0), ("add", 5)):
+        code, out, err = call(run=run, mode=mode, out=tmp_path / mode)
+        assert code == 0, err
+        assert "100.0 % of the images" in out
+        assert f"{added} added, 0 left, {6 + added} images" in out
+        assert (said in out) == (mode == "rep")
+
+
 def test_damaged_image_is_named_without_a_flag_that_is_not_here(call, world, tmp_path):
     fresh = shutil.copytree(world / "fresh", tmp_path / "fresh")
     write_damaged(fresh / "image_00002.png", "html")
