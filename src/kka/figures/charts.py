@@ -140,18 +140,19 @@ def draw_sizes(path: Path, series: Mapping[str, Sequence[Size]]) -> None:
             means, halves = _intervals([point.aucs for point in points])
             style = look(k) | {"capsize": 2.5, "elinewidth": 0.9, "label": name}
             axis.errorbar([point.n for point in points], means, halves, **style)
-            for j, (point, mean) in enumerate(zip(points, means, strict=True)):
-                _annotate(axis, point.label, (point.n, mean), SERIES[k % len(SERIES)], left=j % 2 == 0)
+            for j, (point, mean, half) in enumerate(zip(points, means, halves, strict=True)):
+                end = mean + half if j % 2 else mean - half  # by turns, as neighbours are closer than words
+                _annotate(axis, point.label, (point.n, end), SERIES[k % len(SERIES)], above=j % 2 == 1)
         axis.set_xlabel("number of generated anomalies in training")
         axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.margins(x=0.14)
+        axis.margins(x=0.14, y=0.1)
         percent_axis(axis)
         axis.legend(loc="best")
         write_figure(figure, path)
 
 
-def _annotate(axis: Any, text: str, point: tuple[float, float], colour: str, left: bool) -> None:
-    where = {"xytext": (-5 if left else 5, 3), "ha": "right" if left else "left", "va": "bottom"}
+def _annotate(axis: Any, text: str, point: tuple[float, float], colour: str, above: bool) -> None:
+    where = {"xytext": (0, 4 if above else -4), "ha": "center", "va": "bottom" if above else "top"}
     axis.annotate(text, point, textcoords="offset points", fontsize=6.5, color=colour, **where)
 
 
