@@ -118,11 +118,6 @@ def make_settings(settings_class: type[S], values: Mapping[str, Any]) -> S:
     return settings_class(**chosen)
 
 
-def to_json(settings: Any) -> dict[str, Any]:
-    """Settings as JSON values."""
-    return dataclasses.asdict(settings)
-
-
 def to_flags(settings: Any) -> list[str]:
     """The words of a command line that give these settings: a flag for each value that is not the default."""
     words = []
