@@ -243,7 +243,6 @@ def test_test_set_with_one_class_has_no_auc(toy_set, folder):
     assert len(results(folder)["test_scores"]) == 4
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("device", ["cuda", "cuda:7"])
 def test_device_that_is_not_there(toy_set, folder, device):
     outcome = run_toy(toy_set, folder, device=device, strict_device=True)

@@ -7,7 +7,7 @@ from toy import call_script, read_json, refused, run_main, toy_flags
 
 import prepare
 from kka import conversions
-from kka.conversions import CONVERSIONS, convert
+from kka.conversions import CONVERSIONS, Piece, convert, divide
 from kka.errors import UserError, run_script
 
 
@@ -108,6 +108,13 @@ def counts(out):
     for path in out.glob("t*/*/*.png"):
         found[path.parent.name] = found.get(path.parent.name, 0) + 1
     return found
+
+
+def test_parts_of_a_single_image_cannot_be_divided(tmp_path):
+    path = tmp_path / "a.png"
+    pieces = [Piece("good", "a_0", path), Piece("good", "a_1", path), Piece("defect", "a_2", path)]
+    with pytest.raises(UserError, match="fewer than two normal images"):
+        divide(pieces, tmp_path)
 
 
 def test_every_conversion_is_tested():

@@ -112,11 +112,17 @@ def test_killed_script_goes_on_to_the_same_folder(whole, run, tmp_path):
 
 def test_two_processes_of_accelerate_share_the_work(whole, tmp_path):
     path, folder = whole
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
-    command = [*launch, "--main_process_port", "0", str(SCRIPT), *words(path, tmp_path / "0")]
-    done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("150 images of 150 captions") == 1
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--multi_gpu"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--main_process_port", "0"]
+    command, second = [*launch, str(SCRIPT), *words(path, tmp_path / "0")], False
+    process = subprocess.Popen(command, env=ONE_THREAD, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None:
+        second |= (tmp_path / "0" / "manifest.1.jsonl").exists()
+        time.sleep(0.002)
+    stderr = process.communicate()[1]
+    assert process.returncode == 0, stderr
+    assert second
+    assert stderr.count("150 images of 150 captions") == 1
     assert snapshot(tmp_path / "0") == snapshot(folder)
 
 

@@ -84,7 +84,7 @@ def train(*words):
 
 
 def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def results(out):

@@ -98,6 +98,13 @@ def test_two_processes_may_draw_the_same_garden(small_garden, tmp_path, monkeypa
     assert digests(tmp_path / "both") == digests(small_garden)
 
 
+def test_the_first_file_of_another_process_is_nothing_foreign(tmp_path, monkeypatch):
+    monkeypatch.setattr(garden, "_plan", lambda n: [])
+    (tmp_path / ".garden.partial.json.x.tmp").touch()
+    garden.make_garden(tmp_path)
+    assert (tmp_path / "garden.json").exists()
+
+
 def test_finished_garden_is_left_alone_and_another_one_refused(small_garden, tmp_path):
     before = digests(small_garden)
     garden.make_garden(small_garden, seed=1, n_anomalies=8)

@@ -171,7 +171,6 @@ def test_damaged_image_is_named_without_a_flag_that_is_not_here(call, world, tmp
     assert err.endswith("; restore it\n")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_device_that_is_not_there_is_the_cpu(call):
     code, _, err = call(device="cuda")
     assert code == 0, err

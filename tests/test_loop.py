@@ -197,8 +197,10 @@ def test_frozen_evaluator_judges_and_the_detectors_are_only_tested(world, tmp_pa
     judged = live(read_items(tmp_path / "loop" / "round_0" / "0"))
     split = read_json(evaluator / "d_samples.json")
     assert sum(item.status == "hard" for item in judged) == len(split)
+    before = (tmp_path / "loop" / "results.json").read_bytes()
     other = shutil.copy(weights, world / "other.safetensors")  # the content counts, not the place
     assert run(world, tmp_path / "loop", **{**flags, "evaluator_backbone_weights": other}).returncode == 0
+    assert (tmp_path / "loop" / "results.json").read_bytes() == before  # times, too
     safetensors.torch.save_file(get_model("squeezenet1_0").state_dict(), other)
     refused = run(world, tmp_path / "loop", **{**flags, "evaluator_backbone_weights": other})
     assert refused.returncode == 2

@@ -5,13 +5,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from anomaly_sets import draw_set
 from fabricated import change, write_loop, write_run
 from test_report import figures_of, make_report, page_of
 from toy import refused
 
 from kka import tables
-from kka.report.data import size_series, table_sizes
-from kka.report.sources import Group
+from kka.report.data import Share, share_series, size_series, table_sizes
+from kka.report.sources import Group, LoopRecord
 from kka.report.tables import read_table
 
 CELL = {
@@ -128,3 +129,10 @@ def test_detectors_are_not_joined_to_one_line():
         "deep_sad, normal 20 21, lr 0.2, initial anomalies only",
         "ssd, normal 7, lr 0.3, initial anomalies only",
     ]
+
+
+def test_shares_are_of_images_and_captions_without_one_do_not_count(tmp_path):
+    draw_set(tmp_path / "round_1" / "fresh", 5)
+    rows = [{"round": k, "captions": 7, "hard": 0.4, "hard_untuned": None} for k in (0, 1)]
+    series = share_series([LoopRecord("loop", tmp_path, {}, {"rounds": rows})])
+    assert series == {"tuned LLM": [Share(1, 2, 5)]}

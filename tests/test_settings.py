@@ -1,7 +1,7 @@
 """Settings from flags and JSON: types, choices, unknown names, the official config.json."""
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 
 import pytest
 from toy import USER_DICT, read_json, refused, results, run_main, run_toy
@@ -9,7 +9,7 @@ from toy import USER_DICT, read_json, refused, results, run_main, run_toy
 from kka.detectors.deep_sad import DeepSADSettings, check_settings
 from kka.errors import UserError
 from kka.options import PLACE, ExperimentSettings, check_options
-from kka.settings import build_parser, check_keys, make_settings, option, to_json
+from kka.settings import build_parser, check_keys, make_settings, option
 
 # Every option of the official code with its default; its seed is -1 and its data has another user_dict.
 OFFICIAL = {
@@ -136,7 +136,7 @@ def test_unknown_key_suggests_the_close_one():
     ],
 )
 def test_settings_survive_json(settings):
-    assert make_settings(type(settings), json.loads(json.dumps(to_json(settings)))) == settings
+    assert make_settings(type(settings), json.loads(json.dumps(asdict(settings)))) == settings
 
 
 def test_settings_of_place_exist():

@@ -118,6 +118,16 @@ def test_the_deviation_stands_beside_the_interval_where_it_is_asked_for(tmp_path
     assert shown == ["75.00 ± 63.53 (n = 2), std 7.07", "70.00 (n = 1)"]
 
 
+def test_a_gpu_is_named_only_for_runs_that_asked_for_it(tmp_path):
+    jobs = [write_run(tmp_path / name, device=name) for name in ("cpu", "cuda")]
+    jobs = [change(job, "config.json", machine={"gpu": "H100"}) for job in jobs]
+    loop = write_loop(tmp_path / "loop", [0.5], [0.6])
+    change(loop, "config.json", device="cpu")  # LLM, drawer and DPO on the GPU
+    for job, device in zip((*jobs, loop), ("CPU", "H100", "H100"), strict=True):
+        notes = tabulate("T", [Cell("row", "column", (job,), "0" if job is loop else "test_auc")])["notes"]
+        assert any(note.endswith(f" on {device}.") for note in notes), device
+
+
 def test_mixed_settings_are_no_cell(tmp_path):
     same = (write_run(tmp_path / "a"), write_run(tmp_path / "b", seed=1, num_threads=4, normal_class=[3]))
     assert only_cell(tabulate("T", [Cell("row", "column", same)]))["runs"] == 2

@@ -64,7 +64,8 @@ def test_checkpoint_is_one_of_diffusers(trained):
     pipe.set_progress_bar_config(disable=True)
     pictures = draw(pipe, [CAPTION, "a small flower"], seed=0)
     assert [picture.size for picture in pictures] == [(16, 16)] * 2
-    assert pictures[0].tobytes() == draw(pipe, [CAPTION], seed=0)[0].tobytes()
+    alone = np.asarray(draw(pipe, [CAPTION], seed=0)[0], int)
+    assert abs(np.asarray(pictures[0], int) - alone).max() <= 1  # processors round a batch in their own ways
     n_bytes = sum(path.stat().st_size for path in trained.rglob("*.safetensors"))
     parameters = read_json(trained / "training.json")["figures"]["parameters"]
     assert n_bytes < 2.2 * parameters + 100_000

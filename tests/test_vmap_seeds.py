@@ -166,7 +166,7 @@ def test_journals_continue_where_all_of_them_were(tmp_path):
     (tmp_path / "c").mkdir()
     journals = [journal(name) for name in "abc"]
     align(journals)
-    assert [each.resumed for each in journals] == [False] * 3
+    assert [each.rows for each in journals] == [[]] * 3
 
 
 def flags(**more):

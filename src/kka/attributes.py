@@ -5,7 +5,7 @@ captions. What it reads wrong on drawn images is its ceiling, with which its fig
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from kka.errors import UserError
 from kka.files import write_bytes
 from kka.journal import Journal
 from kka.seeds import derive_seed, generator, seeded
-from kka.settings import option, to_json
+from kka.settings import option
 from kka.tiny_training import OutputSettings, check_positive, descend, train_into
 
 SIDE = 32  # px, what the detector sees
@@ -69,7 +69,7 @@ def train_reader(settings: ReaderSettings, output: OutputSettings) -> None:
     check_positive(settings, "steps", "lr", "pool", "n_measured")
     if settings.seed < 0:
         raise UserError(f"--seed must be at least 0, it is {settings.seed}")
-    identity = {"title": "Reader of the garden's attributes", **to_json(settings)}
+    identity = {"title": "Reader of the garden's attributes", **asdict(settings)}
 
     def train(journal: Journal, folder: Path) -> dict[str, Any]:
         reader = fit(draw_pool(settings.pool, settings.seed, SIDE), settings, journal)

@@ -90,7 +90,7 @@ def divide(pieces: Sequence[Piece], source: Path) -> list[Piece]:
     Raises UserError without normals, without anomalies, or for two pieces of one name.
     """
     normals = sorted({piece.path for piece in pieces if piece.kind == GOOD and piece.split is None})
-    if sum(piece.kind == GOOD for piece in pieces) < 2:
+    if sum(piece.kind == GOOD for piece in pieces) < 2 or len(normals) == 1:
         raise UserError(f"{source} has fewer than two normal images")
     if all(piece.kind == GOOD for piece in pieces):
         raise UserError(f"{source} has no anomalous images")

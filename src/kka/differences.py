@@ -162,7 +162,13 @@ def _classes(runs: Iterable[Run]) -> list[str]:
 
 def _where(runs: Iterable[Run]) -> list[str]:
     """Commits and accelerators."""
-    configs = [run.config for run in runs]
-    commits = sorted({str(config.get("git_commit")) for config in configs})
-    machines = sorted({str(config.get("machine", {}).get("gpu") or "CPU") for config in configs})
+    runs = list(runs)
+    commits = sorted({str(run.config.get("git_commit")) for run in runs})
+    machines = sorted({_processor(run) for run in runs})
     return [f"Made by commit {', '.join(commits)} on {', '.join(machines)}."]
+
+
+def _processor(run: Run) -> str:
+    """The GPU of the machine if any part of the run was meant for it."""
+    asked = any(str(v).startswith("cuda") for k, v in run.settings.items() if k.endswith("device"))
+    return str(run.config.get("machine", {}).get("gpu") or "CPU") if asked else "CPU"

@@ -73,11 +73,6 @@ class Journal:
         """seconds of the whole run in its earlier starts, up to the last checkpoint of each"""
         self._resume()
 
-    @property
-    def resumed(self) -> bool:
-        """Whether a checkpoint of an earlier start was found."""
-        return bool(self.rows or self._finished)
-
     def epochs(self, phase: str, n_epochs: int, parts: Mapping[str, Stateful]) -> Iterator[int]:
         """Yield the epochs of a phase that are still to do; between them the parts may be checkpointed.
 

@@ -42,6 +42,7 @@ from kka.options import ExperimentSettings
 from kka.pairs import NothingToPreferError, PairSettings, build_pairs
 from kka.preference_trainer import TuneSettings
 from kka.run import Run
+from kka.runs import RESULTS
 from kka.seeds import derive_seed
 from kka.settings import to_flags
 from kka.tune import tune
@@ -295,6 +296,8 @@ class Loop:
         if script:
             self._say(script, *settings, **flags)
         yield
+        if (self.folder / RESULTS).exists():  # of a finished loop nothing was made
+            return
         path = folder / "times.json"
         times = read_json(path) if path.exists() else {}
         times[stage] = times.get(stage, 0.0) + time.monotonic() - began

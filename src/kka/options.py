@@ -58,7 +58,7 @@ class ExperimentSettings:
     know_class: str | None = option(
         None, "the kind they all come from, which is then not tested at all (hard setting); None: all kinds"
     )
-    known_outlier_class: int = option(1, "label of known anomalies; only 1, the anomaly folder, exists", None)
+    known_outlier_class: int = option(1, "label of known anomalies; only 1, the anomaly folder, exists")
     n_known_outlier_classes: int = option(1, "number of known anomaly classes; only 1 exists", None)
     ratio_known_normal: float | None = option(None, "share of labelled normals (official code: 0)")
     ratio_known_outlier: float | None = option(

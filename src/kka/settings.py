@@ -110,17 +110,12 @@ def make_settings(settings_class: type[S], values: Mapping[str, Any]) -> S:
     own: Any = settings_class  # a dataclass, which the type of a class cannot say
     fields: dict[str, Any] = {field.name: field for field in dataclasses.fields(own)}
     chosen = {}
-    for key in values.keys() & fields.keys():
+    for key in [key for key in fields if key in values]:  # in one order, as the first wrong one is named
         chosen[key] = _convert(key, values[key], hints[key])
         choices = fields[key].metadata["choices"]
         if choices and chosen[key] not in choices:
             raise UserError(f"setting {key!r} must be one of {', '.join(choices)}; it is {chosen[key]!r}")
     return settings_class(**chosen)
-
-
-def to_json(settings: Any) -> dict[str, Any]:
-    """Settings as JSON values."""
-    return dataclasses.asdict(settings)
 
 
 def to_flags(settings: Any) -> list[str]:

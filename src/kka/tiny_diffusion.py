@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from kka.files import read_json, write_atomically, write_json
 from kka.journal import Journal
 from kka.runs import fingerprint
 from kka.seeds import derive_seed, generator, seeded
-from kka.settings import option, to_json
+from kka.settings import option
 from kka.tiny_autoencoder import CHUNK, build_vae, encode_images, fit_vae, reconstruction
 from kka.tiny_denoiser import (
     build_denoiser,
@@ -85,7 +85,7 @@ def train_diffusion(settings: TinyDiffusionSettings, output: OutputSettings) -> 
     reader = load_reader(Path(settings.reader)) if settings.reader is not None else None
     pool = read_images(spec, settings.data_path, settings.side, settings.pool, settings.seed)
     data = fingerprint([pool.captions, pool.images.float().mean((1, 2, 3)).tolist()])
-    kept = {k: v for k, v in to_json(settings).items() if k not in ("data_path", "reader", "n_measured")}
+    kept = {k: v for k, v in asdict(settings).items() if k not in ("data_path", "reader", "n_measured")}
     identity = {"title": f"Tiny Stable Diffusion of {spec.title}", **kept, "data": data}
     if settings.start is not None:
         identity["start"] = content_digest(sorted(Path(settings.start).rglob("*.safetensors")))

@@ -24,7 +24,7 @@ from kka.language_models import LanguageModelSettings, TransformersModel
 from kka.prompts import generation_prompt
 from kka.runs import fingerprint
 from kka.seeds import derive_seed, generator, seeded
-from kka.settings import option, to_json
+from kka.settings import option
 from kka.tiny_training import OutputSettings, check_positive, descend, train_into
 
 UNKNOWN, END = "<unk>", "<|endoftext|>"
@@ -66,7 +66,7 @@ def train_glm(settings: TinyGlmSettings, output: OutputSettings) -> None:
     spec = get_spec(settings.dataset_name)
     kinds = read_kinds(spec, settings.data_path, settings.captions, settings.seed)
     data = fingerprint([kinds.kinds, kinds.normal, spec.prompt])
-    kept = {key: value for key, value in to_json(settings).items() if key not in ("data_path", "captions")}
+    kept = {key: value for key, value in asdict(settings).items() if key not in ("data_path", "captions")}
     identity = {"title": f"Tiny GLM of {spec.title}", **kept, "data": data}
 
     def train(journal: Journal, folder: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from kka.errors import TrainingError, UserError
 from kka.files import read_json, user_path, write_bytes, write_json
 from kka.journal import Journal
 from kka.runs import claim, compare, fingerprint, locked, machine, write_config
-from kka.settings import option, to_json
+from kka.settings import option
 
 TRAINING = "training.json"  # in a finished checkpoint: what decided its weights, and what was measured
 WARMUP = 0.05  # share of the steps until the learning rate is reached
@@ -60,7 +60,7 @@ def train_into(
     torch.set_flush_denormal(True)
     with locked(work):
         claim(work, identity, output.overwrite)
-        write_config(work, identity, to_json(output))
+        write_config(work, identity, asdict(output))
         journal = Journal(work, output.checkpoint_every, fingerprint(identity))
         fresh = work / "checkpoint.partial"
         shutil.rmtree(fresh, ignore_errors=True)

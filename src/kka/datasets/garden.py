@@ -198,7 +198,7 @@ def _is_finished(out: Path, settings: dict[str, int]) -> bool:
                     "choose another folder or remove this one"
                 )
             return record.name == "garden.json"
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
         raise UserError(f"{out} is not empty and no garden; choose a new folder for the garden")
     return False
 

@@ -48,8 +48,6 @@ class DataSetSpec:
     """request to the LLM with a place for {examples}, captions of normal images"""
     n_epochs: int
     """training epochs of the detector (paper, Section IV)"""
-    lr_milestone: tuple[int, ...] = (50,)
-    """epochs at which the learning rate drops to a tenth (paper: 50 or 40)"""
     superclasses: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """named groups of folders for --normal_superclass"""
 

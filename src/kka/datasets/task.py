@@ -112,8 +112,8 @@ def hold_known(test: Images, choice: Choice, root: Path) -> tuple[Images, Images
     """
     if choice.n_known == 0:
         return test, Images()
-    kind = choice.known_kind
-    real = [i for i, t in enumerate(test.targets) if t == 1 and not test.generated[i]]
+    kind, generated = choice.known_kind, test.generated
+    real = [i for i, t in enumerate(test.targets) if t == 1 and not generated[i]]
     rows = [i for i in real if kind is None or test.classes[i] == kind]
     if kind is not None and not rows:
         kinds = ", ".join(dict.fromkeys(test.classes[i] for i in real))

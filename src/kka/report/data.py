@@ -242,7 +242,7 @@ def share_series(loops: Sequence[LoopRecord]) -> dict[str, list[Share]]:
         untuned = loop.fresh().get(UNTUNED)
         n_untuned = len(loop.items(untuned)) if untuned else 0
         for row in loop.rounds[1:]:
-            n = row["captions"]
+            n = len(loop.items(loop.fresh()[str(row["round"])]))
             series[f"{mark}tuned LLM"].append(Share(row["round"], round(row["hard"] * n), n))
             if n_untuned and row["hard_untuned"] is not None:
                 share = Share(row["round"], round(row["hard_untuned"] * n_untuned), n_untuned)

@@ -77,7 +77,7 @@ def _cell(value: Any, where: str) -> Cell:
     aucs = _list(value["aucs"], f"{where}: aucs")
     for auc in aucs:
         if not is_number(auc) or not -1 <= auc <= 1:
-            raise UserError(f"{where}: aucs must be numbers from 0 to 1, one is {auc!r}")
+            raise UserError(f"{where}: aucs must be from 0 to 1, differences from -1 to 1; one is {auc!r}")
     runs = value["runs"]
     if type(runs) is int:  # their number
         runs = []
