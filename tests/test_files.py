@@ -7,6 +7,7 @@ import os
 import stat
 
 import pytest
+import torch
 from toy import call_script, read_json, refused, results, run_toy, snapshot
 
 from kka.errors import UserError
@@ -130,6 +131,42 @@ def test_disk_full_in_a_run_and_then_the_same_command(toy_set, tmp_path, monkeyp
     assert results(folder) == results(finished)
     for other in ("d_samples.json", "e_samples.json"):
         assert read_json(folder / other) == read_json(finished / other)
+
+
+def test_disk_full_in_the_middle_of_a_checkpoint(toy_set, tmp_path, monkeypatch, finished):
+    """torch.save then fails in its own way, behind the error of the disk."""
+    folder, save = tmp_path / "run", torch.save
+
+    def save_on_full_device(value, file):
+        with open("/dev/full", "wb", buffering=0) as device:
+            save(value, device)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", save_on_full_device)
+        outcome = run_toy(toy_set, folder)
+    refused(outcome, f"the disk is full while writing {folder / 'checkpoint.pt'}", code=1)
+    assert [p for p in folder.rglob("*") if p.suffix == ".tmp"] == []
+    assert run_toy(toy_set, folder).code == 0
+    assert results(folder) == results(finished)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Error while serializing: I/O error: No space left on device (os error 28)",  # safetensors
+        "basic_ios::clear: iostream error",  # torch.save to a path
+    ],
+)
+def test_disk_full_in_the_words_of_libraries(said):
+    """As where trl writes its checkpoints."""
+
+    def main():
+        try:
+            raise RuntimeError(said)
+        finally:
+            raise RuntimeError("unexpected pos 640 vs 598")
+
+    refused(call_script(main, ["script"]), "the disk is full; free some space", code=1)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from kka.errors import UserError
+from kka.errors import UserError, chain, is_full
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -29,8 +29,9 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         _sync_folder(path.parent)
     except BaseException as error:
         Path(name).unlink(missing_ok=True)  # it has been moved if only the folder could not be synced
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)
+        for each in chain(error):
+            if isinstance(each, OSError) and each.filename is None and (each is error or is_full(each)):
+                each.filename = str(path)
         raise
 
 
