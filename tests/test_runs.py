@@ -119,6 +119,7 @@ def test_leftover_of_a_killed_process_is_no_other_file(toy_set, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".config.json.x.tmp").touch()
     assert run_toy(toy_set, tmp_path / "run").code == 0
+    assert not list((tmp_path / "run").glob(".*"))
 
 
 def hold(folder, ready, release):

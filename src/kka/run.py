@@ -251,8 +251,9 @@ class Run:
             pretraining = {"train_time": seconds, "train_losses": losses, **journal.facts.get("ae", {})}
             write_json(self.folder / "ae_results.json", pretraining)
         write_json(self.folder / RESULTS, results)
-        for checkpoint in self.folder.rglob("checkpoint*.pt"):  # nothing is left to resume
-            checkpoint.unlink()
+        for pattern in ("checkpoint*.pt", ".*.tmp"):  # nothing is left to resume, nor by a killed process
+            for left in self.folder.rglob(pattern):
+                left.unlink()
         report(results)
 
 
