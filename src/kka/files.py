@@ -51,8 +51,11 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> None:
     """Write JSON atomically; NaN is refused, because it is not JSON."""
-    text = json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False)
-    write_bytes(path, (text + "\n").encode())
+    try:
+        data = json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # the name of a file in another encoding: escaped, it is read as it was
+        data = json.dumps(value, indent=indent, allow_nan=False).encode()
+    write_bytes(path, data + b"\n")
 
 
 def read_json(path: Path) -> Any:

@@ -333,7 +333,7 @@ def threshold_images(source: str, data: Data, train: TrainSet, heldout: Tensor) 
 @contextmanager
 def log_to(path: Path) -> Iterator[None]:
     """Append the log of the package to a file within the block."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     package = logging.getLogger("kka")
     package.addHandler(handler)
