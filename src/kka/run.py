@@ -287,12 +287,16 @@ def _next_trainings(runs: Sequence[Run], steps: Sequence[Iterator[Training]]) ->
 
 
 def fit(trainings: Sequence[Training]) -> None:
-    """Train one detector, or several together."""
-    if len(trainings) > 1:
-        fit_together(trainings)
-    else:
-        (one,) = trainings
-        one.detector.fit(one.train, one.journal, one.evaluate)
+    """Train each detector; together those whose sets have equally many images in equal working size."""
+    alike: dict[torch.Size, list[Training]] = {}
+    for each in trainings:
+        alike.setdefault(each.train.images.shape, []).append(each)
+    for group in alike.values():
+        if len(group) > 1:
+            fit_together(group)
+        else:
+            (one,) = group
+            one.detector.fit(one.train, one.journal, one.evaluate)
     for each in trainings:
         each.journal.close()
 
