@@ -3,8 +3,10 @@
 import errno
 import hashlib
 import json
+import logging
 import os
 import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from toy import call_script, read_json, refused, results, run_toy, snapshot
 from kka.errors import UserError
 from kka.files import check_writable, sha256, write_atomically, write_bytes, write_json
 from kka.files import read_json as read_checked
+from kka.runs import log_to
 
 
 def full(*args, **kwargs):
@@ -148,6 +151,14 @@ def test_disk_full_in_the_middle_of_a_checkpoint(toy_set, tmp_path, monkeypatch,
     assert [p for p in folder.rglob("*") if p.suffix == ".tmp"] == []
     assert run_toy(toy_set, folder).code == 0
     assert results(folder) == results(finished)
+
+
+def test_disk_full_for_the_log():
+    def main():
+        with log_to(Path("/dev/full")):
+            logging.getLogger("kka").warning("epoch 1")
+
+    refused(call_script(main, ["script"]), "the disk is full; free some space", code=1)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import islice
@@ -40,7 +40,7 @@ from kka.results import (
     test_metrics,
     write_split,
 )
-from kka.runs import LOG, RESULTS, ROOT, claim, fingerprint, locked, peak_memory, write_config
+from kka.runs import LOG, RESULTS, ROOT, claim, fingerprint, locked, log_to, peak_memory, write_config
 from kka.seeds import derive_seed, generator
 from kka.settings import make_settings
 from kka.split import easy_anomalies, hard_anomalies, hardness_threshold
@@ -332,17 +332,3 @@ def threshold_images(source: str, data: Data, train: TrainSet, heldout: Tensor) 
     if not normal.any():
         raise UserError("--threshold_from test needs normal test images, the test set has none")
     return data.test.resized[normal]
-
-
-@contextmanager
-def log_to(path: Path) -> Iterator[None]:
-    """Append the log of the package to a file within the block."""
-    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    package = logging.getLogger("kka")
-    package.addHandler(handler)
-    try:
-        yield
-    finally:
-        package.removeHandler(handler)
-        handler.close()
