@@ -11,6 +11,7 @@ from kka.figures import charts, images
 from kka.figures.charts import Curve, Scores, Share, Size
 from kka.figures.images import Shown
 from kka.figures.style import COLUMN, DPI, PAGE, new_figure, styled, write_figure
+from kka.picture import draw_loop
 from kka.report.data import NoDataError, embed_2d
 
 RNG = np.random.default_rng(0)
@@ -143,3 +144,10 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(UserError, match=r"\[plot\]"), styled():
         pass
+
+
+def test_picture_of_a_loop_whose_test_set_has_one_class(tmp_path, shown):
+    results = {"test_auc": None, "threshold": 1.0, "test_scores": [[0, 0, 0.5], [1, 0, 1.5]]}
+    draw_loop(tmp_path / "loop.png", [("normal", shown)], [("no anomalies", results)])
+    with Image.open(tmp_path / "loop.png") as picture:
+        assert (np.asarray(picture.convert("L")) < 128).mean() > 0.001

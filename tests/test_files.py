@@ -3,15 +3,19 @@
 import errno
 import hashlib
 import json
+import logging
 import os
 import stat
+from pathlib import Path
 
 import pytest
+import torch
 from toy import call_script, read_json, refused, results, run_toy, snapshot
 
 from kka.errors import UserError
 from kka.files import check_writable, sha256, write_atomically, write_bytes, write_json
 from kka.files import read_json as read_checked
+from kka.runs import log_to
 
 
 def full(*args, **kwargs):
@@ -130,6 +134,55 @@ def test_disk_full_in_a_run_and_then_the_same_command(toy_set, tmp_path, monkeyp
     assert results(folder) == results(finished)
     for other in ("d_samples.json", "e_samples.json"):
         assert read_json(folder / other) == read_json(finished / other)
+
+
+class NearlyFull:
+    """A file on a disk that has room for small pieces only."""
+
+    def __init__(self, file):
+        self.file, self.flush = file, file.flush
+
+    def write(self, data):
+        return full() if len(data) > 1000 else self.file.write(data)
+
+
+def test_disk_full_in_the_middle_of_a_checkpoint(toy_set, tmp_path, monkeypatch, finished):
+    """torch.save then ends with an error of its own, that of the disk is behind it."""
+    folder, save = tmp_path / "run", torch.save
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", lambda value, file: save(value, NearlyFull(file)))
+        outcome = run_toy(toy_set, folder)
+    refused(outcome, f"the disk is full while writing {folder / 'checkpoint.pt'}", code=1)
+    assert [p for p in folder.rglob("*") if p.suffix == ".tmp"] == []
+    assert run_toy(toy_set, folder).code == 0
+    assert results(folder) == results(finished)
+
+
+def test_disk_full_for_the_log():
+    def main():
+        with log_to(Path("/dev/full")):
+            logging.getLogger("kka").warning("epoch 1")
+
+    refused(call_script(main, ["script"]), "the disk is full; free some space", code=1)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Error while serializing: I/O error: No space left on device (os error 28)",  # safetensors
+        "basic_ios::clear: iostream error",  # torch.save to a path
+    ],
+)
+def test_disk_full_in_the_words_of_libraries(said):
+    """As where trl writes its checkpoints."""
+
+    def main():
+        try:
+            raise RuntimeError(said)
+        finally:
+            raise RuntimeError("unexpected pos 640 vs 598")
+
+    refused(call_script(main, ["script"]), "the disk is full; free some space", code=1)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import shutil
 import socket
+import sys
 
 import pytest
 import torch
@@ -119,6 +120,7 @@ def test_leftover_of_a_killed_process_is_no_other_file(toy_set, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".config.json.x.tmp").touch()
     assert run_toy(toy_set, tmp_path / "run").code == 0
+    assert not list((tmp_path / "run").glob(".*"))
 
 
 def hold(folder, ready, release):
@@ -174,7 +176,14 @@ def test_permission_denied_in_the_middle_is_one_sentence(toy_set, tmp_path, monk
     refused(outcome, f"no permission to write {tmp_path / 'run' / 'config.json'}")
 
 
-@pytest.mark.parametrize("name", ["a run with spaces", "übung_花_🌼", "-x", "a'b\"c;$(d)"])
+LATIN_1 = pytest.param(
+    os.fsdecode(b"gr\xfcn"),
+    id="latin-1",
+    marks=pytest.mark.skipif(sys.platform == "darwin", reason="UTF-8 only"),
+)
+
+
+@pytest.mark.parametrize("name", ["a run with spaces", "übung_花_🌼", "-x", "a'b\"c;$(d)", LATIN_1])
 def test_any_folder_name_works(toy_set, tmp_path, finished, name):
     data = shutil.copytree(toy_set, tmp_path / name / "data")
     outcome = run_toy(data, tmp_path / name / "run")

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from PIL import Image
 from test_deep_sad import toy_train_set
 from torch import nn
 from toy import (
@@ -302,6 +303,18 @@ def test_classes_of_other_sizes_are_trained_apart(toy_set, tmp_path):
     outcome = run_toy(root, tmp_path / "runs", **flags(vmap_seeds=3), each_class=True)
     assert outcome.code == 0, outcome.stderr
     assert len(read_json(tmp_path / "runs" / "summary.json")["test_auc"]) == 3
+
+
+def test_classes_of_smaller_images_are_trained_apart(toy_set, tmp_path):
+    root = shutil.copytree(toy_set, tmp_path / "data")
+    for path in (root / "2").glob("*.png"):
+        with Image.open(path) as picture:
+            picture.resize((24, 24)).save(path)
+    outcome = run_toy(root, tmp_path / "runs", **flags(vmap_seeds=3), each_class=True)
+    assert outcome.code == 0, outcome.stderr
+    words = flags(user_dict=json.dumps({"0": [2, 0], "1": USER_DICT["1"]}))
+    assert run_toy(root, tmp_path / "alone", **words).code == 0
+    assert results(tmp_path / "runs" / "class_2") == results(tmp_path / "alone")
 
 
 def test_each_class_of_a_data_set_without_classes_is_refused(tmp_path):

@@ -2,12 +2,15 @@
 
 import errno
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 BAD_INPUT = 2  # exit code for input that only the user can mend
 SKIPPED = 3  # for a result without some of the input
 INTERRUPTED = 130  # the shell's code for Ctrl-C
 CONTINUES = "the same command continues where it stopped"
+FULL = (errno.ENOSPC, errno.EDQUOT)
+# What libraries that are not Python's say instead; a C++ stream, as in torch.save(path), does not say why.
+FULL_TEXTS = ("No space left on device", "Disk quota exceeded", "iostream error")
 
 
 class UserError(Exception):
@@ -44,15 +47,17 @@ def _explain(error: BaseException, again: str) -> tuple[str, int] | None:
         return f"error: {error}", BAD_INPUT
     if isinstance(error, TrainingError):
         return f"error: {error}", 1
+    for each in chain(error):
+        if is_full(each) or any(text in str(each) for text in FULL_TEXTS):
+            name = getattr(each, "filename", None)
+            where = f" while writing {name}" if name else ""
+            return f"error: the disk is full{where}; free some space and run the same command again", 1
     return _explain_place(error) if isinstance(error, OSError) else None
 
 
 def _explain_place(error: OSError) -> tuple[str, int] | None:
     """The same for a place that cannot be written."""
     name = error.filename2 or error.filename  # the second is where a temporary file was to go
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f" while writing {error.filename}" if error.filename else ""
-        return f"error: the disk is full{where}; free some space and run the same command again", 1
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return f"error: no permission to write {error.filename}; choose another folder", BAD_INPUT
     if name and error.errno == errno.EISDIR:
@@ -62,8 +67,18 @@ def _explain_place(error: OSError) -> tuple[str, int] | None:
     return None
 
 
-def _is_interrupt(error: BaseException | None) -> bool:
-    """Ctrl-C, also where it hit a library that fails in its own way then, as torch.save does."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those before it: a library may then fail in its own way, as torch.save does."""
+    while error is not None:
+        yield error
         error = error.__context__
-    return error is not None
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether it says that there is no room on the disk."""
+    return isinstance(error, OSError) and error.errno in FULL
+
+
+def _is_interrupt(error: BaseException) -> bool:
+    """Ctrl-C, also where it hit a library."""
+    return any(isinstance(each, KeyboardInterrupt) for each in chain(error))

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from kka.errors import UserError
+from kka.errors import UserError, chain, is_full
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -29,8 +29,9 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         _sync_folder(path.parent)
     except BaseException as error:
         Path(name).unlink(missing_ok=True)  # it has been moved if only the folder could not be synced
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)
+        for each in chain(error):
+            if isinstance(each, OSError) and each.filename is None and (each is error or is_full(each)):
+                each.filename = str(path)
         raise
 
 
@@ -50,8 +51,11 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> None:
     """Write JSON atomically; NaN is refused, because it is not JSON."""
-    text = json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False)
-    write_bytes(path, (text + "\n").encode())
+    try:
+        data = json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # the name of a file in another encoding: escaped, it is read as it was
+        data = json.dumps(value, indent=indent, allow_nan=False).encode()
+    write_bytes(path, data + b"\n")
 
 
 def read_json(path: Path) -> Any:

@@ -32,8 +32,7 @@ from kka.metrics import auroc
 from kka.networks.backbones import content_of_weights
 from kka.options import ExperimentSettings
 from kka.results import check_scores
-from kka.run import log_to
-from kka.runs import LOG, RESULTS, ROOT, claim, fingerprint, locked, write_config
+from kka.runs import LOG, RESULTS, ROOT, claim, fingerprint, locked, log_to, write_config
 from kka.seeds import derive_seed
 from kka.settings import option
 from kka.split import easy_anomalies, hard_anomalies, hardness_threshold

@@ -58,5 +58,6 @@ def split_items(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
 def _test_scores(title: str, results: dict[str, Any], unit: str) -> Scores:
     rows = np.array(results["test_scores"])
     kinds = {name: rows[rows[:, 1] == label, 2] for label, name in ((1, "real anomaly"), (0, "normal"))}
-    auc = f"{title}: test AUC {100 * results['test_auc']:.1f} %"
-    return Scores(auc, kinds, results["threshold"], unit)
+    auc = results["test_auc"]  # None: the test set has one class
+    said = "no test AUC" if auc is None else f"test AUC {100 * auc:.1f} %"
+    return Scores(f"{title}: {said}", kinds, results["threshold"], unit)

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import islice
@@ -40,7 +40,7 @@ from kka.results import (
     test_metrics,
     write_split,
 )
-from kka.runs import LOG, RESULTS, ROOT, claim, fingerprint, locked, peak_memory, write_config
+from kka.runs import LOG, RESULTS, ROOT, claim, fingerprint, locked, log_to, peak_memory, write_config
 from kka.seeds import derive_seed, generator
 from kka.settings import make_settings
 from kka.split import easy_anomalies, hard_anomalies, hardness_threshold
@@ -251,8 +251,9 @@ class Run:
             pretraining = {"train_time": seconds, "train_losses": losses, **journal.facts.get("ae", {})}
             write_json(self.folder / "ae_results.json", pretraining)
         write_json(self.folder / RESULTS, results)
-        for checkpoint in self.folder.rglob("checkpoint*.pt"):  # nothing is left to resume
-            checkpoint.unlink()
+        for pattern in ("checkpoint*.pt", ".*.tmp"):  # nothing is left to resume, nor by a killed process
+            for left in self.folder.rglob(pattern):
+                left.unlink()
         report(results)
 
 
@@ -286,12 +287,16 @@ def _next_trainings(runs: Sequence[Run], steps: Sequence[Iterator[Training]]) ->
 
 
 def fit(trainings: Sequence[Training]) -> None:
-    """Train one detector, or several together."""
-    if len(trainings) > 1:
-        fit_together(trainings)
-    else:
-        (one,) = trainings
-        one.detector.fit(one.train, one.journal, one.evaluate)
+    """Train each detector; together those whose sets have equally many images in equal working size."""
+    alike: dict[torch.Size, list[Training]] = {}
+    for each in trainings:
+        alike.setdefault(each.train.images.shape, []).append(each)
+    for group in alike.values():
+        if len(group) > 1:
+            fit_together(group)
+        else:
+            (one,) = group
+            one.detector.fit(one.train, one.journal, one.evaluate)
     for each in trainings:
         each.journal.close()
 
@@ -327,17 +332,3 @@ def threshold_images(source: str, data: Data, train: TrainSet, heldout: Tensor) 
     if not normal.any():
         raise UserError("--threshold_from test needs normal test images, the test set has none")
     return data.test.resized[normal]
-
-
-@contextmanager
-def log_to(path: Path) -> Iterator[None]:
-    """Append the log of the package to a file within the block."""
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    package = logging.getLogger("kka")
-    package.addHandler(handler)
-    try:
-        yield
-    finally:
-        package.removeHandler(handler)
-        handler.close()

@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import platform
 import resource
@@ -142,6 +143,27 @@ def clear(folder: Path) -> None:
             shutil.rmtree(path)
         elif path.name != LOCK:
             path.unlink()
+
+
+class LogFile(logging.FileHandler):
+    """A log whose failure ends the run; Python's own prints a traceback for each line and goes on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        raise
+
+
+@contextmanager
+def log_to(path: Path) -> Iterator[None]:
+    """Append the log of the package to a file within the block."""
+    handler = LogFile(path, encoding="utf-8", errors="backslashreplace")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    package = logging.getLogger("kka")
+    package.addHandler(handler)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        handler.close()
 
 
 def write_config(folder: Path, identity: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
