@@ -64,8 +64,9 @@ def run_experiment(
         for each in [replace(case, seed=first + k) for k in range(case.runs)]
     ]
     refuse_single_run(runs)
+    together = settings.vmap_seeds
     try:
-        results = [each for group in groups(runs, settings.vmap_seeds) for each in execute(group)]
+        results = [each for k in range(0, len(runs), together) for each in execute(runs[k : k + together])]
         if evaluator:
             for judge in [evaluator_run(run, evaluator) for run in runs]:
                 judge.execute()
@@ -114,17 +115,6 @@ def class_parent(
     seeds = f"runs{settings.runs}" if settings.runs > 1 else f"seed{settings.seed}"
     name = settings.name or f"{detector_name(detector)}_each_class_{seeds}_{digest}"
     return ROOT / "log" / spec.name / name
-
-
-def groups(runs: Sequence[Run], n: int) -> list[list[Run]]:
-    """Runs that are trained together: at most n, neighbours with equally many images to train on."""
-    found: list[list[Run]] = []
-    for run in runs:
-        if found and len(found[-1]) < n and run.task.n_training == found[-1][0].task.n_training:
-            found[-1].append(run)
-        else:
-            found.append([run])
-    return found
 
 
 def refuse_single_run(runs: Sequence[Run]) -> None:

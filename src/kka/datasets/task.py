@@ -61,11 +61,6 @@ class Task:
     known: Images = field(default_factory=Images)
     """real anomalies to train on, target 1"""
 
-    @property
-    def n_training(self) -> tuple[int, int, int]:
-        """Numbers of normals, generated and known anomalies."""
-        return len(self.normals), len(self.generated), len(self.known)
-
 
 def read_task(spec: DataSetSpec, root: Path, choice: Choice) -> Task:
     """The lists of images that `choice` takes from the data set at `root`; no image is opened.
