@@ -34,12 +34,17 @@ def is_installed(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
+def is_unicode(folder: Path) -> bool:
+    """Whether TensorBoard takes the name of a folder, which may be in another encoding than UTF-8."""
+    return not any("\udc80" <= letter <= "\udcff" for letter in str(folder.absolute()))
+
+
 class Tracker:
     """Sends rows {"phase", "epoch", values} to what `report_to` names, as <phase>/<key> at step <epoch>."""
 
     def __init__(self, folder: Path, report_to: Sequence[str], config: Mapping[str, Any]) -> None:
         self.folder, self.config = folder, config
-        self.names = report_to or [name for name in DEFAULT if is_installed(name)]
+        self.names = report_to or [name for name in DEFAULT if is_installed(name) and is_unicode(folder)]
         self.sinks: list[Any] = []
         self.n_written = 0
 
