@@ -140,9 +140,9 @@ def draw_sizes(path: Path, series: Mapping[str, Sequence[Size]]) -> None:
             means, halves = _intervals([point.aucs for point in points])
             style = look(k) | {"capsize": 2.5, "elinewidth": 0.9, "label": name}
             axis.errorbar([point.n for point in points], means, halves, **style)
-            for j, (point, mean, half) in enumerate(zip(points, means, halves, strict=True)):
-                end = mean + half if j % 2 else mean - half  # by turns, as neighbours are closer than words
-                _annotate(axis, point.label, (point.n, end), SERIES[k % len(SERIES)], above=j % 2 == 1)
+            sides = ["right", *["center"] * (len(points) - 2), "left"]  # neighbours are closer than words
+            for point, mean, half, side in zip(points, means, halves, sides, strict=False):
+                _annotate(axis, point.label, (point.n, mean + half), SERIES[k % len(SERIES)], side)
         axis.set_xlabel("number of generated anomalies in training")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.margins(x=0.14, y=0.1)
@@ -151,8 +151,8 @@ def draw_sizes(path: Path, series: Mapping[str, Sequence[Size]]) -> None:
         write_figure(figure, path)
 
 
-def _annotate(axis: Any, text: str, point: tuple[float, float], colour: str, above: bool) -> None:
-    where = {"xytext": (0, 4 if above else -4), "ha": "center", "va": "bottom" if above else "top"}
+def _annotate(axis: Any, text: str, point: tuple[float, float], colour: str, side: str) -> None:
+    where = {"xytext": (0, 3), "ha": side, "va": "bottom"}
     axis.annotate(text, point, textcoords="offset points", fontsize=6.5, color=colour, **where)
 
 
