@@ -13,6 +13,7 @@ from toy import read_json, snapshot
 from unreliable_drawer import CAPTIONS, GARDEN, RECORDS, Stopping, Unreliable, draw, painter
 
 from kka.anomalies import MANIFEST, file_name, read_items
+from kka.datasets.task import read_anomalies
 from kka.draw import draw_captions
 from kka.drawers import DrawerSettings, build_drawer
 from kka.errors import UserError
@@ -42,6 +43,16 @@ def test_nothing_is_drawn_twice(tmp_path):
     assert draw(folder, third).new == 0
     assert third.drawn == []
     assert snapshot(folder) == before
+
+
+def test_a_set_that_is_being_drawn_is_not_trained_on(tmp_path):
+    folder = tmp_path / "0"
+    with pytest.raises(KeyboardInterrupt):
+        draw(folder, Unreliable(stops_after=9), batch_size=3)
+    with pytest.raises(UserError, match=f"{folder} is not finished"):
+        read_anomalies(folder, GARDEN)
+    draw(folder, Unreliable())
+    assert len(read_anomalies(folder, GARDEN)) == len(CAPTIONS)
 
 
 def test_images_that_cost_money_are_stored_one_by_one(tmp_path):

@@ -151,12 +151,17 @@ ADVICE = "fill it with create/, give another --anomaly_path, or train without wi
 def read_anomalies(folder: Path, spec: DataSetSpec, advice: str = ADVICE) -> Images:
     """Generated anomalies in the order of `image.json`, or of their names where that list is missing.
 
-    Raises UserError if the folder does not exist or is empty.
+    Raises UserError if the folder does not exist, is empty, or is still being drawn.
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder} with generated anomalies; {advice}")
     if (folder / NAME_LIST["train"]).exists():
         images = read_class_folder(folder, "train", 1, spec, class_name=str(ANOMALY_FOLDER))
+    elif any(folder.glob("manifest*.jsonl")):  # the name list comes last
+        raise UserError(
+            f"{folder} is not finished: its images are being drawn, or were until an interruption; "
+            "finish it with the same call of create/create_image.py"
+        )
     else:
         refuse_others(folder)
         paths = tuple(list_images(folder))
