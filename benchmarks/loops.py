@@ -71,8 +71,8 @@ def read_loop(folder: Path, reader: str | None) -> dict[str, Any]:
     loop = {"mode": settings["mode"], "seed": settings["seed"], **read_json(folder / RESULTS)}
     for row in loop["rounds"]:
         row |= look_at(folder / f"round_{row['round']}", reader)
-    untuned = folder / "untuned"  # a loop of no round has none
-    loop["untuned"] = look_at(untuned, reader) if untuned.exists() else {}
+    untuned = folder / "untuned"  # a loop of no round has none, nor one whose LLM had no more captions
+    loop["untuned"] = look_at(untuned, reader) if (untuned / "fresh").exists() else {}
     return loop
 
 
@@ -138,14 +138,14 @@ def seed_means(found: Sequence[Sequence[dict[str, Any]]], key: str) -> list[floa
 
 def round_cells(rounds: list[dict[str, Any]], loops: list[dict[str, Any]]) -> list[str]:
     """One round of all loops of a mode."""
-    later = rounds[0]["hard_untuned"] is not None
+    compared = [row for row in rounds if row["hard_untuned"] is not None]
     margins = [row["margin"] for row in rounds if row["margin"] is not None]
-    more = sum(row["hard"] > row["hard_untuned"] for row in rounds) if later else 0
+    more = sum(row["hard"] > row["hard_untuned"] for row in compared)
     return [
         f"{sum(row['size'] for row in rounds) / len(rounds):.0f}",
         mean_of([row["hard"] for row in rounds]),
-        mean_of([row["hard_untuned"] for row in rounds]) if later else "",
-        f"{more} of {len(rounds)}" if later else "",
+        mean_of([row["hard_untuned"] for row in compared]),
+        f"{more} of {len(compared)}" if compared else "",
         mean_of(margins, 1) + (f" (n = {len(margins)})" if 0 < len(margins) < len(rounds) else ""),
         mean_of([mean(row["test_aucs"]) for row in rounds]),
     ]

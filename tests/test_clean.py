@@ -193,6 +193,13 @@ def test_copies_duplicates_and_normals_are_told_apart():
     }
 
 
+def test_a_caption_may_come_again_if_asked_for():
+    cleaner = Cleaner(["a photo of a bed"], known=["a photo of a bus"], repeats=2)
+    answer = "a photo of a lamp\nA photo of a lamp.\na photo of a lamp\na photo of a bus\na photo of a sea"
+    assert cleaner.clean(answer) == ["a photo of a lamp", "A photo of a lamp.", "a photo of a sea"]
+    assert cleaner.rejected == {"duplicate": 2}
+
+
 def test_normal_captions_are_kept_without_the_test():
     assert clean("a red rose on a stem", is_normal=None)[0] == ["a red rose on a stem"]
 

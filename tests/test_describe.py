@@ -184,6 +184,22 @@ def test_any_unfinished_end_is_mended(tmp_path, which, lost):
     assert path.read_bytes() == expected
 
 
+def test_a_repeated_caption_is_written_as_often_after_an_interruption(tmp_path):
+    def answers(k):
+        return ["a red bloom", "a red bloom", f"a {WORDS[k]} stem of {k} leaves"]
+
+    path = tmp_path / "captions.jsonl"
+    ask(path, answers, n=8, repeats=3)
+    whole = path.read_bytes().splitlines(keepends=True)
+    assert sum(b"a red bloom" in line for line in whole) == 3
+    for left in range(9):
+        path.write_bytes(b"".join(whole[:left]))
+        described, model = ask(path, answers, n=8, repeats=3)
+        assert not model.seeds
+        assert len(described.captions) == 8
+        assert path.read_bytes() == b"".join(whole)
+
+
 def test_captions_of_others_in_the_file_are_not_repeated(tmp_path):
     path = tmp_path / "captions.jsonl"
     path.write_text(json.dumps({"caption": distinct(0)[0]}) + "\n")  # by hand

@@ -23,13 +23,14 @@ from toy import write_toy_set
 import iterate
 from kka.anomalies import live, read_items
 from kka.datasets import garden, get_spec
-from kka.describe import read_records
 from kka.detectors.deep_sad import DeepSADSettings
 from kka.drawers import DrawerSettings, build_drawer
 from kka.errors import run_script
 from kka.files import read_json, sha256
 from kka.loop import Loop
 from kka.loop_settings import PREFIXED, LoopSettings
+from kka.records import read_records
+from kka.stand_ins import MODELS
 
 ITERATE = Path(iterate.__file__)
 SMALL = {"normal": {"train": 8, "test": 4}, "other": {"train": 1, "test": 1}}
@@ -212,6 +213,26 @@ def test_no_caption_comes_twice(finished):
     for k in range(3):
         captions = [item.caption for item in live(read_items(folder / f"round_{k}" / "0"))]
         assert len(captions) == len(set(captions))
+
+
+def test_an_llm_with_one_caption_is_compared_with_nothing_and_ends(world, tmp_path):
+    done = run(world, tmp_path, llm_model=MODELS / "glm", llm_greedy=True, rounds=1, n_evaluators=1)
+    assert done.returncode == 2
+    assert "the rounds are not compared with the untuned LLM" in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"error: {tmp_path / 'round_1'}: the LLM gave no usable caption")
+    assert "--repeats" in last
+
+
+def test_a_caption_that_comes_again_is_another_image(world, tmp_path):
+    flags = {"llm_model": MODELS / "glm", "llm_greedy": True, "repeats": 8, "n_initial": 8}
+    done = run(world, tmp_path, rounds=1, n_evaluators=1, **flags)
+    assert done.returncode == 0, done.stderr
+    places = ("round_0/0", "untuned/fresh", "round_1/fresh")
+    items = [item for place in places for item in read_items(tmp_path / place)]
+    assert len(items) == 8 + 3 + 6
+    assert len({item.caption for item in items[:11]}) == 1
+    assert len({item.sha256 for item in items}) == len(items)
 
 
 def test_killed_loop_continues_to_the_same_result(world, finished, tmp_path):

@@ -75,13 +75,20 @@ def test_a_single_caption_is_not_held_out(tmp_path):
 
 
 def test_bad_captions_are_dropped_and_counted(tmp_path):
-    hard = ["a", "", None, ["list"], "A ", "both", 3]
+    hard = ["a", "", None, ["list"], "A ", "both", "Both", 3]
     pairs = build(write_run(tmp_path / "run", hard, ["b", "  ", "both", "Both", "c"], 1), validation_share=0)
     assert sorted((pair["chosen"], pair["rejected"]) for pair in pairs.train) == [("a", "b"), ("a", "c")]
     assert pairs.counts == {
-        "hard_images": 7, "easy_images": 5, "dropped_empty": 2, "dropped_not_text": 3, "dropped_duplicate": 2,
+        "hard_images": 8, "easy_images": 5, "dropped_empty": 2, "dropped_not_text": 3, "dropped_duplicate": 3,
         "dropped_both_sides": 1, "train": 2, "validation": 0,
     }  # fmt: skip
+
+
+def test_a_caption_of_several_images_is_what_most_of_them_are(tmp_path):
+    run = write_run(tmp_path / "run", ["lamp", "lamp", "car"], ["Lamp", "car", "car ", "sea"])
+    pairs = build(run, validation_share=0)
+    assert {(pair["chosen"], pair["rejected"]) for pair in pairs.train} == {("lamp", "car"), ("lamp", "sea")}
+    assert "dropped_both_sides" not in pairs.counts
 
 
 @pytest.mark.parametrize(

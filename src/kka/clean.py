@@ -85,13 +85,14 @@ class SimilarTexts:
 
 
 class Cleaner:
-    """Turns answers into captions, none of which it gives out twice.
+    """Turns answers into captions, none of which it gives out more than `repeats` times.
 
     Args:
         examples: captions shown to the LLM; copies of them are rejected. Where they are written in Latin
             letters, so must the answers be.
         is_normal: whether a caption describes the normal class.
-        known: captions of earlier requests.
+        known: captions of earlier requests, not given out at all.
+        repeats: times that one caption may be given out, at least 1.
     """
 
     def __init__(
@@ -99,8 +100,11 @@ class Cleaner:
         examples: Sequence[str],
         is_normal: Callable[[str], bool] | None = None,
         known: Iterable[str] = (),
+        repeats: int = 1,
     ) -> None:
         self.rejected: Counter[str] = Counter()
+        self._given: Counter[tuple[str, ...]] = Counter()
+        self._repeats = repeats
         self._examples = SimilarTexts(examples)
         self._known = SimilarTexts(known)
         self._is_normal = is_normal
@@ -119,6 +123,7 @@ class Cleaner:
                 self.rejected[reason] += 1
             else:
                 self._known.add(caption)
+                self._given[tuple(split_words(caption))] += 1
                 accepted.append(caption)
         return accepted
 
@@ -131,9 +136,10 @@ class Cleaner:
             return "other language"
         if self._examples.has_near(caption):
             return "copy of an example"
-        if self._known.has_same(caption):
+        again = 0 < self._given[tuple(split_words(caption))] < self._repeats
+        if self._known.has_same(caption) and not again:
             return "duplicate"
-        if self._known.has_near(caption):
+        if self._known.has_near(caption) and not again:
             return "near duplicate"
         if self._is_normal is not None and self._is_normal(caption):
             return "normal class"

@@ -4,13 +4,9 @@ Two files grow together: <name>.answers.jsonl gets every answer as it came, so t
 and captions.jsonl the captions that came out of them.
 """
 
-import fcntl
-import json
 import logging
-import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,7 +14,6 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from kka.anomalies import end_line, read_lines
 from kka.clean import Cleaner, SimilarTexts
 from kka.datasets import garden, get_spec, sources
 from kka.datasets.layout import DataSetSpec, Images
@@ -28,6 +23,7 @@ from kka.errors import UserError
 from kka.files import check_writable, user_path, write_bytes
 from kka.language_models import LanguageModel, LanguageModelSettings, load_language_model
 from kka.prompts import generation_prompt, prompt_digest
+from kka.records import append, appending, read_records
 from kka.seeds import derive_seed
 from kka.settings import option
 
@@ -55,6 +51,11 @@ class CaptionSettings:
     n_examples: int | None = option(None, "how many of those; None: one for each normal folder")
     known: tuple[str, ...] = option((), "captions.jsonl of other rounds, whose captions are not repeated")
     keep_normal_captions: bool = option(False, "keep captions that describe the normal class")
+    repeats: int | None = option(
+        None,
+        "times that one caption may be kept, each for another image; None: 10 for CIFAR-100, whose captions "
+        "only name a class, else 1",
+    )
     ask: int = option(16, "answers per request to the LLM")
     seed: int = option(0, "of the choice of examples and of sampling")
     round: int = option(0, "round of Algorithm 1, for the record")
@@ -87,12 +88,13 @@ def describe(
     round: int = 0,
     is_normal: Callable[[str], bool] | None = None,
     known: Iterable[str] = (),
+    repeats: int = 1,
     ask: int = 16,
 ) -> Described:
     """Ask the LLM until there are `n` captions of anomalies, and append them to a file.
 
     The same call continues an interrupted one, and one with a larger `n` a finished one. Other prompts,
-    models, seeds and rounds may share the file; their captions are not repeated.
+    models, seeds and rounds may share the file; their captions do not come again.
 
     Args:
         model: who is asked.
@@ -104,6 +106,7 @@ def describe(
         round: round of Algorithm 1, for the record.
         is_normal: whether a caption describes the normal class; such are rejected.
         known: captions of other files, not to be repeated.
+        repeats: times that one caption is kept.
         ask: answers per request.
 
     Returns fewer than `n` captions when PATIENCE requests in a row gave no new one.
@@ -119,7 +122,7 @@ def describe(
         appending(path, "caption", str) as captions,
         appending(answers_path(path), "answers", list) as answers,
     ):
-        collector = _Collector(source, examples, n, captions, path, is_normal, known)
+        collector = _Collector(source, examples, n, captions, path, is_normal, known, repeats)
         described = collector.described
         for record in read_records(answers_path(path), "answers", list):
             if _is_from(source, record) and not collector.full:
@@ -146,12 +149,13 @@ class _Collector:
         path: Path,
         is_normal: Callable[[str], bool] | None,
         known: Iterable[str],
+        repeats: int,
     ) -> None:
         self.source, self.examples, self.n, self.file = source, list(examples), n, file
         records = read_records(path, "caption", str)
-        self.written = {record["caption"] for record in records if _is_from(source, record)}
+        self.written = Counter(record["caption"] for record in records if _is_from(source, record))
         others = [record["caption"] for record in records if record["caption"] not in self.written]
-        self.cleaner = Cleaner(examples, is_normal, [*known, *others])
+        self.cleaner = Cleaner(examples, is_normal, [*known, *others], repeats)
         self.described = Described(rejected=self.cleaner.rejected)
         self.idle = 0
 
@@ -165,7 +169,10 @@ class _Collector:
         fresh = [caption for answer in record["answers"] for caption in self.cleaner.clean(answer)]
         self.cleaner.rejected.update(record.get("failures", {}))
         fresh = fresh[: self.n - len(self.described.captions)]
-        unwritten = [caption for caption in fresh if caption not in self.written]
+        unwritten = []
+        for caption in fresh:  # those that an interrupted call has written come first
+            self.written[caption] -= 1
+            unwritten += [caption] * (self.written[caption] < 0)
         append(self.file, [{"caption": c, **self.source, "examples": self.examples} for c in unwritten])
         self.described.captions += fresh
         self.described.requests += 1
@@ -222,6 +229,7 @@ def ask_for_captions(settings: CaptionSettings, model_settings: LanguageModelSet
         round=settings.round,
         is_normal=None if settings.keep_normal_captions else is_normal,
         known=known,
+        repeats=settings.repeats or spec.caption_repeats,
         ask=settings.ask,
     )
 
@@ -243,7 +251,7 @@ def find_examples(settings: CaptionSettings, normals: Images, flag: str = "--n_c
 
 def check_settings(settings: CaptionSettings) -> None:
     """Raises UserError naming the first flag that makes no sense."""
-    for name in ("n", "ask", "n_examples"):
+    for name in ("n", "ask", "n_examples", "repeats"):
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, it is {value}")
@@ -301,47 +309,6 @@ def normal_test(spec: DataSetSpec, normals: Images, classes: Sequence[int]) -> C
 def answers_path(path: Path) -> Path:
     """Where the answers behind a file of captions are."""
     return path.with_suffix(".answers.jsonl")
-
-
-@contextmanager
-def appending(path: Path, key: str, kind: type) -> Iterator[BinaryIO]:
-    """The file, open to append, without the unfinished line of a killed process.
-
-    Raises UserError if it cannot be written, another process has it, or `read_records` refuses it.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+b")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); choose another file") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"{path} is in use by another process; wait for it or choose another file"
-            ) from None
-        read_records(path, key, kind)  # a file of somebody else is refused as it is
-        end_line(file)
-        yield file
-
-
-def append(file: BinaryIO, records: Sequence[dict[str, Any]]) -> None:
-    """Write records as lines of JSON, and return when they are safe on disk."""
-    if records:
-        file.write("".join(json.dumps(record) + "\n" for record in records).encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_records(path: Path, key: str, kind: type) -> list[dict[str, Any]]:
-    """The objects in a .jsonl file; raises UserError naming the line of one without a `key` of that kind."""
-    records = []
-    for number, value in read_lines(path):
-        if not isinstance(value, dict) or not isinstance(value.get(key), kind):
-            raise UserError(f"{path}, line {number} has no {key!r}; restore it or remove the line")
-        records.append(value)
-    return records
 
 
 def _is_from(source: dict[str, Any], record: dict[str, Any]) -> bool:

@@ -8,9 +8,9 @@ import gc
 import logging
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -47,10 +47,14 @@ from kka.seeds import derive_seed
 from kka.settings import to_flags
 from kka.tune import tune
 
-CAPTIONS = "captions.jsonl"
+CAPTIONS, DESCRIBED = "captions.jsonl", "described.json"
 TUNED = Path("tuning") / "results.json"  # in the folder of a finished adapter
 
 log = logging.getLogger(__name__)
+
+
+class NoCaptionsError(UserError):
+    """The LLM has no caption that is not known."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,11 @@ class Loop:
         """A file or folder of round k."""
         return self.folder / f"round_{k}" / name
 
+    @property
+    def _untuned(self) -> Path:
+        """Images by the untuned LLM."""
+        return self.folder / "untuned" / "fresh"
+
     def judge(self, folder: Path) -> Path:
         """The run that judges in Eq. (6), in the folder of a round or of the loop without anomalies."""
         return folder.with_name(f"{folder.name}_evaluator") if self.evaluator else folder
@@ -107,25 +116,34 @@ class Loop:
     def describe(self, k: int, examples: list[str]) -> None:
         """Eq. (3): captions.jsonl of round k, by the LLM as tuned for it."""
         n = self.settings.n_fresh if k else self._n_initial
-        known = [str(self.place(j, CAPTIONS)) for j in range(k)]
-        self._describe(self.place(k, ""), k, n, examples, known, self._adapter(k))
+        self._describe(self.place(k, ""), k, n, examples, range(k), self._adapter(k))
 
     def compare(self, examples: list[str]) -> None:
-        """Captions and images by the untuned LLM that no detector is trained on, to judge in every round."""
+        """Captions and images by the untuned LLM that no detector is trained on, to judge in every round.
+
+        An LLM that has no more captions leaves the comparison out, and the loop goes on.
+        """
         out = self.folder / "untuned"
-        known = [str(self.place(0, CAPTIONS))]
-        self._describe(out, 0, self.settings.n_untuned, examples, known, None)
-        self._draw(out, out / "fresh", [self.place(0, "0")])
+        try:
+            self._describe(out, 0, self.settings.n_untuned, examples, range(1), None)
+        except NoCaptionsError as error:
+            log.warning("%s; the rounds are not compared with the untuned LLM", error)
+            write_json(out / DESCRIBED, {"captions": 0})
+        if read_json(out / DESCRIBED)["captions"]:
+            self._draw(out, self._untuned, [self.place(0, "0")])
 
     def _describe(
-        self, folder: Path, k: int, n: int, examples: list[str], known: list[str], adapter: Path | None
+        self, folder: Path, k: int, n: int, examples: list[str], earlier: Sequence[int], adapter: Path | None
     ) -> None:
-        report, s = folder / "described.json", self.settings
+        """Ask for captions that the earlier rounds do not have, unless captions may come again."""
+        report, s = folder / DESCRIBED, self.settings
         if report.exists():
             return
+        known = [str(self.place(j, CAPTIONS)) for j in earlier] if self._repeats == 1 else []
         asked = CaptionSettings(
             dataset_name=self.spec.name, data_path=str(self.root), normal_class=s.normal_class, n=n,
             out=str(folder / CAPTIONS), examples=tuple(examples), known=tuple(known), round=k,
+            repeats=self._repeats,
             seed=derive_seed(s.seed, "captions", folder.name) % 2**31,
         )  # fmt: skip
         llm = replace(self.llm, adapter=str(adapter) if adapter else self.llm.adapter)
@@ -133,10 +151,17 @@ class Loop:
             described = ask_for_captions(asked, llm)
             _free_memory()
         if not described.captions:
-            raise UserError(f"{folder}: the LLM gave no usable caption (rejected: {described.reasons()})")
+            raise NoCaptionsError(
+                f"{folder}: the LLM gave no usable caption (rejected: {described.reasons()}); give a higher "
+                "--repeats or --llm_temperature, fewer --rounds, or other --examples"
+            )
         if len(described.captions) < n:
             log.warning("%s: only %d of %d captions", folder, len(described.captions), n)
         write_json(report, {"captions": len(described.captions), "rejected": dict(described.rejected)})
+
+    @property
+    def _repeats(self) -> int:
+        return self.settings.repeats or self.spec.caption_repeats
 
     @property
     def _n_initial(self) -> int:
@@ -150,7 +175,7 @@ class Loop:
 
     def draw(self, k: int) -> None:
         """Eq. (4): fresh/ of round k, or the set itself in round 0."""
-        earlier = [self.folder / "untuned" / "fresh"] if k else []
+        earlier = [self._untuned] if k and self._untuned.exists() else []
         earlier += [self.place(j, "fresh" if j else "0") for j in range(k)]
         self._draw(self.place(k, ""), self.place(k, "fresh" if k else "0"), earlier)
 
@@ -158,10 +183,12 @@ class Loop:
         """Draw a folder's captions; the bank gives no image of the earlier folders again."""
         if (out / NAME_LIST["train"]).exists():
             return
+        # One caption at one place of two folders would else be one image.
+        apart = derive_seed(self.settings.seed, "images", folder.name) % 2**31
         drawn = ImageSettings(
             captions=str(folder / CAPTIONS), dataset_name=self.spec.name, out=str(out),
             used=tuple(map(str, earlier)) if self.drawer.backend == "bank" else (),
-            batch_size=self.settings.draw_batch, seed=self.settings.seed,
+            batch_size=self.settings.draw_batch, seed=self.settings.seed if self._repeats == 1 else apart,
         )  # fmt: skip
         own = self.own_drawer
         with self._timed(folder, "draw", "create/create_image.py", drawn, own), flags_of("drawer"):
@@ -190,7 +217,9 @@ class Loop:
         )  # fmt: skip
         with self._timed(self.place(k, ""), "build", "create/update_anomalies.py", updating):
             share = update_anomalies(updating)[1]
-            untuned = judge_folder(run, self.folder / "untuned" / "fresh", self.spec, self.device)
+            untuned = None
+            if self._untuned.exists():
+                untuned = judge_folder(run, self._untuned, self.spec, self.device)
         write_json(report, {"hard": share, "hard_untuned": untuned})
 
     def detect(self, k: int) -> dict[str, Any]:
@@ -202,7 +231,7 @@ class Loop:
         tuned, judged = self.place(k, "adapter") / TUNED, self.place(k, "judged.json")
         return {
             "round": k,
-            "captions": read_json(self.place(k, "described.json"))["captions"],
+            "captions": read_json(self.place(k, DESCRIBED))["captions"],
             "hard": hard_share(anomalies),
             "hard_untuned": None,
             **(read_json(judged) if k else {}),
@@ -308,17 +337,6 @@ class Loop:
         words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
         words += [word for each in settings for word in to_flags(each)]
         log.info("by hand: %s", shlex.join(["python", script, *words]))
-
-
-def describe_settings(loop: Loop) -> dict[str, Any]:
-    """All settings of a loop as JSON values, for its config.json."""
-    prefixed: dict[str, Any] = {"detector": detector_name(loop.detector)}
-    parts: dict[str, Any] = {"llm": loop.llm, "drawer": loop.drawer, "tune": loop.tuning, "pairs": loop.pairs}
-    if loop.evaluator:
-        parts["evaluator"] = loop.evaluator
-    for name, part in parts.items():
-        prefixed |= {f"{name}_{key}": value for key, value in asdict(part).items()}
-    return {**asdict(loop.settings), **asdict(loop.detector), **prefixed}
 
 
 def _free_memory() -> None:

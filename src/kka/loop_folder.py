@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from kka.figures.charts import score_unit
 from kka.figures.images import Row, Shown
 from kka.files import read_json, sha256, user_path, write_bytes, write_json
 from kka.language_models import load_language_model
-from kka.loop import Loop, describe_settings
+from kka.loop import Loop
 from kka.loop_settings import RANDOM, REPRESENTATIVES, flags_of
 from kka.metrics import format_interval
 from kka.networks.backbones import content_of_weights
@@ -52,10 +53,23 @@ def identity_of(loop: Loop) -> dict[str, Any]:
     settings |= {f"evaluator_{key}": value for key, value in evaluator.items()}
     if not loop.settings.own_examples:
         settings["examples"] = loop.settings.examples[0]  # as before captions could be given: loops go on
+    if settings["repeats"] is None:
+        del settings["repeats"]  # as before captions could come again
     adapter = user_path(loop.llm.adapter or "") / WEIGHTS
     if adapter.is_file():
         settings["llm_adapter"] = sha256(adapter)
     return {key: value for key, value in settings.items() if key not in PLACE and not key.endswith("_device")}
+
+
+def describe_settings(loop: Loop) -> dict[str, Any]:
+    """All settings of a loop as JSON values, for its config.json."""
+    prefixed: dict[str, Any] = {"detector": detector_name(loop.detector)}
+    parts: dict[str, Any] = {"llm": loop.llm, "drawer": loop.drawer, "tune": loop.tuning, "pairs": loop.pairs}
+    if loop.evaluator:
+        parts["evaluator"] = loop.evaluator
+    for name, part in parts.items():
+        prefixed |= {f"{name}_{key}": value for key, value in asdict(part).items()}
+    return {**asdict(loop.settings), **asdict(loop.detector), **prefixed}
 
 
 def default_folder(loop: Loop) -> Path:
@@ -176,7 +190,7 @@ def share_common(done: Path, folder: Path, mode: str) -> None:
 def check_loop(loop: Loop) -> None:
     """Raises UserError naming the flag of the first setting that makes no sense."""
     s = loop.settings
-    for name in ("n_fresh", "n_initial", "n_untuned", "n_clusters", "n_evaluators", "draw_batch"):
+    for name in ("n_fresh", "n_initial", "n_untuned", "repeats", "n_clusters", "n_evaluators", "draw_batch"):
         if (getattr(s, name) or 1) < 1 or getattr(s, name) == 0:
             raise UserError(f"--{name} must be at least 1, it is {getattr(s, name)}")
     if loop.n_rounds < 0 or s.per_round < 0 or s.seed < 0:

@@ -47,6 +47,10 @@ class LoopSettings:
         (REPRESENTATIVES,),
         f"captions shown to the LLM: {REPRESENTATIVES} (Eq. 2), {RANDOM}, or captions given here",
     )
+    repeats: int | None = option(
+        None,
+        "times that one caption may come in a round, each as another image; None: 10 for CIFAR-100, else 1",
+    )
     n_clusters: int | None = option(None, "K of Eq. (2); None: number of normal folders")
     n_untuned: int = option(
         100, "captions by the untuned LLM, drawn and judged in each round for comparison, never trained on"

@@ -70,10 +70,13 @@ def build_pairs(
     hard, easy = (_read_side(run / listing, names, manifest) for listing in (HARD, EASY))
     counts: Counter[str] = Counter(hard_images=len(hard), easy_images=len(easy))
     chosen, rejected = _distinct(hard.values(), counts), _distinct(easy.values(), counts)
-    both = chosen.keys() & rejected.keys()  # drawn twice, once hard and once easy: says nothing
-    counts["dropped_both_sides"] += len(both)
-    preferred = [text for key, text in chosen.items() if key not in both]
-    other = [text for key, text in rejected.items() if key not in both]
+    # A caption of several images is what most of them are; drawn as often hard as easy it says nothing.
+    n_hard, n_easy = (
+        Counter(_key(text) for text in side.values() if not _text_fault(text)) for side in (hard, easy)
+    )
+    preferred = [text for key, text in chosen.items() if n_hard[key] > n_easy[key]]
+    other = [text for key, text in rejected.items() if n_easy[key] > n_hard[key]]
+    counts["dropped_both_sides"] += sum(n_hard[key] == n_easy[key] for key in chosen)
     for captions, listing in ((preferred, HARD), (other, EASY)):
         if not captions:
             raise NothingToPreferError(

@@ -47,5 +47,6 @@ SPEC = DataSetSpec(
         "sentence only, in exactly the structure and style of these descriptions:\n{examples}"
     ),
     n_epochs=150,
+    caption_repeats=10,
     superclasses=superclasses,
 )

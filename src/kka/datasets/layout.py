@@ -48,6 +48,8 @@ class DataSetSpec:
     """request to the LLM with a place for {examples}, captions of normal images"""
     n_epochs: int
     """training epochs of the detector (paper, Section IV)"""
+    caption_repeats: int = 1
+    """times that the LLM may give one caption: more where captions only name a thing"""
     superclasses: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """named groups of folders for --normal_superclass"""
 
