@@ -20,6 +20,9 @@ from toy import (
     write_toy_set,
 )
 
+import kka.run
+from kka.errors import TrainingError
+
 ITSELF = json.dumps({"0": [1, 0], "1": [1]})
 
 
@@ -233,6 +236,25 @@ def test_collapse_stops_without_an_auc(toy_set, folder, finished):
     outcome = run_toy(toy_set, folder, load_model=folder.with_name("zeros.safetensors"), n_epochs=0)
     refused(outcome, "hypersphere collapsed", code=1)
     assert not (folder / "results.json").exists()
+
+
+def test_a_seed_that_collapses_does_not_stop_the_others(toy_set, folder, monkeypatch):
+    calls = []
+
+    def collapse_at_first(name, *scores):
+        calls.append(name)
+        if len(calls) == 1:
+            raise TrainingError("hypersphere collapsed")
+
+    monkeypatch.setattr(kka.run, "check_scores", collapse_at_first)
+    outcome = run_toy(toy_set, folder, runs=3)
+    where = folder / "seed_0"
+    refused(outcome, f"{where}: hypersphere collapsed; 2 of 3 runs are finished, and", code=1)
+    assert not (where / "results.json").exists()
+    assert not (folder / "summary.json").exists()
+    assert run_toy(toy_set, folder, runs=3).code == 0
+    assert read_json(folder / "summary.json")["seeds"] == [0, 1, 2]
+    assert len(calls) == 4
 
 
 def test_test_set_with_one_class_has_no_auc(toy_set, folder):

@@ -20,7 +20,7 @@ from kka.detectors import build_detector, detector_name
 from kka.detectors.contract import DetectorSettings
 from kka.detectors.deep_sad_together import check_together
 from kka.detectors.frozen import FrozenSettings
-from kka.errors import UserError
+from kka.errors import TrainingError, UserError
 from kka.evaluator import evaluator_run
 from kka.files import user_path, write_json
 from kka.metrics import deviation, format_interval, mean_interval
@@ -64,9 +64,8 @@ def run_experiment(
         for each in [replace(case, seed=first + k) for k in range(case.runs)]
     ]
     refuse_single_run(runs)
-    together = settings.vmap_seeds
     try:
-        results = [each for k in range(0, len(runs), together) for each in execute(runs[k : k + together])]
+        results = execute_all(runs, settings.vmap_seeds)
         if evaluator:
             for judge in [evaluator_run(run, evaluator) for run in runs]:
                 judge.execute()
@@ -74,6 +73,28 @@ def run_experiment(
     except UnreadableImageError as error:
         raise UserError(f"{error} or give --skip_bad_images") from None
     summarize_all(runs, results, [str(case.normal_class[0]) for case in cases if settings.each_class])
+    return results
+
+
+def execute_all(runs: Sequence[Run], together: int) -> list[dict[str, Any]]:
+    """The results of all runs, of which so many are trained together.
+
+    One that fails does not keep those behind it from being made, but raises its TrainingError at the end: a
+    mean over the others would be one over chosen seeds, so there is none.
+    """
+    results, failures = [], []
+    for k in range(0, len(runs), together):
+        group = runs[k : k + together]
+        try:
+            results += execute(group)
+        except TrainingError as error:
+            if len(runs) == 1:
+                raise
+            failures.append(f"{' '.join(str(run.folder) for run in group)}: {error}")
+            log.error("failed: %s", failures[-1])
+    if failures:
+        others = f"{len(results)} of {len(runs)} runs are finished, and there is no summary"
+        raise TrainingError(f"{failures[0]}; {others}")
     return results
 
 
