@@ -31,6 +31,8 @@ def test_loops_and_studies_are_estimated_too(tmp_path):
     known = median_seconds(tmp_path)
     assert (known[kind_of_job(loop)], known[kind_of_job(study)]) == (5.0, 60.0)
     assert total([loop, study], known, 2) == "2 runs to make: about 32 s, 2 at once"
+    change(loop, "results.json", seconds_beside=4.0)  # before the rounds
+    assert median_seconds(tmp_path)[kind_of_job(loop)] == 9.0
 
 
 def test_each_base_model_preset_and_size_has_a_time_of_its_own(tmp_path):

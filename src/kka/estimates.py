@@ -61,7 +61,8 @@ def _kind(script: str, settings: Mapping[str, Any], some: bool) -> Kind:
 def seconds_of(results: dict[str, Any]) -> float:
     """What a finished run took; of an older version only its training and its test."""
     if "rounds" in results:
-        return sum(sum(row["seconds"].values()) for row in results["rounds"])
+        rounds = sum(sum(row["seconds"].values()) for row in results["rounds"])
+        return rounds + results.get("seconds_beside", 0.0)
     return results["seconds"] if "seconds" in results else results["train_time"] + results["test_time"]
 
 

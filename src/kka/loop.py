@@ -47,7 +47,7 @@ from kka.seeds import derive_seed
 from kka.settings import to_flags
 from kka.tune import tune
 
-CAPTIONS, DESCRIBED = "captions.jsonl", "described.json"
+CAPTIONS, DESCRIBED, TIMES = "captions.jsonl", "described.json", "times.json"
 TUNED = Path("tuning") / "results.json"  # in the folder of a finished adapter
 
 log = logging.getLogger(__name__)
@@ -238,7 +238,7 @@ class Loop:
             "size": len(live(read_items(anomalies))),
             "margin": read_json(tuned).get("margin_after") if tuned.exists() else None,
             "test_aucs": aucs,
-            "seconds": read_json(self.place(k, "times.json")),
+            "seconds": read_json(self.place(k, TIMES)),
         }
 
     def _split(self, k: int) -> None:
@@ -327,7 +327,7 @@ class Loop:
         yield
         if (self.folder / RESULTS).exists():  # of a finished loop nothing was made
             return
-        path = folder / "times.json"
+        path = folder / TIMES
         times = read_json(path) if path.exists() else {}
         times[stage] = times.get(stage, 0.0) + time.monotonic() - began
         write_json(path, times)

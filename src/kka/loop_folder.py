@@ -16,7 +16,7 @@ from kka.figures.charts import score_unit
 from kka.figures.images import Row, Shown
 from kka.files import read_json, sha256, user_path, write_bytes, write_json
 from kka.language_models import load_language_model
-from kka.loop import Loop
+from kka.loop import DESCRIBED, TIMES, Loop
 from kka.loop_settings import RANDOM, REPRESENTATIVES, flags_of
 from kka.metrics import format_interval
 from kka.networks.backbones import content_of_weights
@@ -92,7 +92,8 @@ def opened(loop: Loop) -> Iterator[None]:
 def report_loop(loop: Loop, rows: list[dict[str, Any]]) -> str:
     """Write results.json, table.md and, where matplotlib is installed, loop.png; return the table."""
     none = read_json(loop.folder / "none.json")
-    write_json(loop.folder / "results.json", {"none": none, "rounds": rows}, indent=1)
+    results = {"none": none, "rounds": rows, "seconds_beside": seconds_beside(loop.folder)}
+    write_json(loop.folder / RESULTS, results, indent=1)
     table = to_table(none, rows)
     write_bytes(loop.folder / "table.md", table.encode())
     try:
@@ -100,6 +101,12 @@ def report_loop(loop: Loop, rows: list[dict[str, Any]]) -> str:
     except UserError as error:
         log.warning("no picture: %s", error)
     return table
+
+
+def seconds_beside(folder: Path) -> float:
+    """What a loop took besides its rounds: detectors without anomalies, images of the untuned LLM."""
+    files = [path for path in (folder / TIMES, folder / "untuned" / TIMES) if path.exists()]
+    return sum(seconds for path in files for seconds in read_json(path).values())
 
 
 def picture(loop: Loop) -> None:
@@ -167,8 +174,8 @@ def _mean(aucs: Sequence[float | None]) -> str:
 
 # What the mode of a loop does not change: the part without anomalies, round 0, and in round 1 the tuned LLM
 # and its images.
-COMMON = ("none*", "untuned", "round_0", "times.json")
-COMMON_NEXT = ("captions*", "described.json", "fresh", "adapter")
+COMMON = ("none*", "untuned", "round_0", TIMES)
+COMMON_NEXT = ("captions*", DESCRIBED, "fresh", "adapter")
 
 
 def share_common(done: Path, folder: Path, mode: str) -> None:
