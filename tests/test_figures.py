@@ -102,6 +102,16 @@ def test_lowest_and_highest_classes_are_chosen():
     assert chosen == [str(k) for k in (*range(30), *range(90, 100))]
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_figure_of_few_classes_cuts_no_label_off(tmp_path, n):
+    aucs = {f"defect {k}": [0.4, 0.6] for k in range(n)}
+    charts.draw_classes(tmp_path / "classes", {"none": aucs, "KKA(0)": aucs})
+    with Image.open(tmp_path / "classes.png") as picture:
+        pixels = np.asarray(picture.convert("L"))
+    assert pixels.min() < 128
+    assert (pixels[[0, -1]] == 255).all()
+
+
 def test_tsne_of_few_images_lowers_the_perplexity_and_repeats_itself():
     features = RNG.normal(size=(5, 8)).astype(np.float32)
     first, second = embed_2d(features), embed_2d(features)

@@ -257,7 +257,7 @@ def draw_classes(path: Path, series: Mapping[str, Mapping[str, Sequence[float]]]
     names = choose_classes(series)
     places = np.arange(len(names))
     with styled():
-        figure = new_figure(COLUMN + 1.2, 0.9 + 0.17 * len(names))
+        figure = new_figure(COLUMN + 1.2, max(1.4, 0.9 + 0.17 * len(names)))  # no lower than its label
         axis = figure.subplots()
         for k, (title, aucs) in enumerate(series.items()):
             values = [100 * np.array(aucs[name]) for name in names]
