@@ -293,6 +293,12 @@ def test_bank_can_be_one_class_folder(bank_root):
     assert own.draw(["caption 3 of train_14.png"], [0])[0].info["source"] == "train_14.png"
 
 
+def test_bank_in_another_format_is_told_what_it_lacks(tmp_path):
+    (tmp_path / "train" / "good").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"--bank .* put images, image.json and caption_sentence.json into it"):
+        bank(tmp_path)
+
+
 def test_bank_gives_nothing_for_a_caption_of_unknown_words(bank_root):
     own = bank(bank_root)
     images = own.draw(["nothing alike", "train_07"], [0, 1])

@@ -219,6 +219,7 @@ def test_no_caption_comes_twice(finished):
 def test_an_llm_with_one_caption_is_compared_with_nothing_and_ends(world, tmp_path):
     done = run(world, tmp_path, llm_model=MODELS / "glm", llm_greedy=True, rounds=1, n_evaluators=1)
     assert done.returncode == 2
+    assert "only 1 of 10 captions (rejected: 5 duplicate)" in done.stderr
     assert "the rounds are not compared with the untuned LLM" in done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith(f"error: {tmp_path / 'round_1'}: the LLM gave no usable caption")
@@ -312,13 +313,36 @@ def test_captions_and_adapter_that_are_given_are_where_the_loop_begins(world, fi
     assert tuned["adapter"] == sha256(given / "adapter_model.safetensors")
 
 
-def test_the_bank_of_a_loop_gives_nothing_that_is_normal_in_it(tmp_path):
-    spec = get_spec("ucm_caption")
+def bank_loop(tmp_path, spec):
     write_toy_set(tmp_path, spec, classes=(1, 2, *spec.normal_classes))
     parts = {name: cls() for name, cls in PREFIXED.items()}
     parts["drawer"] = DrawerSettings(backend="bank", bank=str(tmp_path))
     names = (parts[name] for name in ("llm", "drawer", "tune", "pairs"))
     settings = LoopSettings(normal_class=(1,))
-    loop = Loop(tmp_path, tmp_path, spec, settings, DeepSADSettings(), *names, torch.device("cpu"))
+    return Loop(tmp_path, tmp_path, spec, settings, DeepSADSettings(), *names, torch.device("cpu"))
+
+
+def test_the_bank_of_a_loop_gives_nothing_that_is_normal_in_it(tmp_path):
+    spec = get_spec("ucm_caption")
+    loop = bank_loop(tmp_path, spec)
     classes = {source.split("/")[0] for source in build_drawer(loop.own_drawer, spec).sources}
     assert classes == {"2", *map(str, spec.normal_classes)}
+
+
+def test_captions_that_cannot_be_drawn_are_told(tmp_path, caplog):
+    loop = bank_loop(tmp_path, get_spec("ucm_caption"))
+    (tmp_path / "round_0").mkdir()
+    lines = [json.dumps({"caption": caption}) for caption in ("caption 0 of train_07.png", "nothing alike")]
+    loop.place(0, "captions.jsonl").write_text("\n".join(lines) + "\n")
+    loop.draw(0)
+    assert len(live(read_items(loop.place(0, "0")))) == 1
+    assert "1 captions gave no image (no caption of the bank has a word in common: 1)" in caplog.text
+
+
+def test_a_bank_with_too_few_images_is_refused_before_anything_is_trained(world, tmp_path):
+    bank = {"drawer_backend": "bank", "drawer_bank": world / "garden"}
+    done = run(world, tmp_path / "loop", **bank, n_fresh=1000)
+    assert done.returncode == 2
+    assert f"--drawer_bank {world / 'garden'} has" in done.stderr
+    assert "the loop asks for 2013" in done.stderr
+    assert not (tmp_path / "loop").exists()

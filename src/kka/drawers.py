@@ -214,7 +214,10 @@ def read_bank(root: Path, spec: DataSetSpec, exclude: Collection[int]) -> Images
         images += read_class_folder(folder, "train", 1, spec)
     captioned = images.take([i for i, captions in enumerate(images.captions) if captions])
     if not len(captioned):
-        raise UserError(f"--bank {root} holds no captioned images in the format of {spec.title}")
+        raise UserError(
+            f"--bank {root} holds no captioned images in the format of {spec.title}; put images, "
+            f"{NAME_LIST['train']} and {spec.caption_stem}.json into it, or into numbered folders there"
+        )
     return captioned
 
 

@@ -24,7 +24,7 @@ from kka.describe import CaptionSettings, ask_for_captions, choose_examples, fin
 from kka.detectors import detector_name
 from kka.detectors.contract import DetectorSettings
 from kka.detectors.frozen import FrozenSettings
-from kka.draw import ImageSettings, draw_captions, read_captions
+from kka.draw import ImageSettings, describe_failures, draw_captions, read_captions
 from kka.drawers import DrawerSettings, build_drawer
 from kka.errors import UserError
 from kka.files import read_json, user_path, write_json
@@ -115,7 +115,7 @@ class Loop:
 
     def describe(self, k: int, examples: list[str]) -> None:
         """Eq. (3): captions.jsonl of round k, by the LLM as tuned for it."""
-        n = self.settings.n_fresh if k else self._n_initial
+        n = self.settings.n_fresh if k else self.n_initial
         self._describe(self.place(k, ""), k, n, examples, range(k), self._adapter(k))
 
     def compare(self, examples: list[str]) -> None:
@@ -156,7 +156,8 @@ class Loop:
                 "--repeats or --llm_temperature, fewer --rounds, or other --examples"
             )
         if len(described.captions) < n:
-            log.warning("%s: only %d of %d captions", folder, len(described.captions), n)
+            found = len(described.captions)
+            log.warning("%s: only %d of %d captions (rejected: %s)", folder, found, n, described.reasons())
         write_json(report, {"captions": len(described.captions), "rejected": dict(described.rejected)})
 
     @property
@@ -164,7 +165,8 @@ class Loop:
         return self.settings.repeats or self.spec.caption_repeats
 
     @property
-    def _n_initial(self) -> int:
+    def n_initial(self) -> int:
+        """Captions of round 0."""
         return self.settings.n_initial or (1000 if self.spec.name == "cifar100" else 200)
 
     @property
@@ -195,7 +197,10 @@ class Loop:
             used = [item.source for place in (out, *earlier) for item in read_items(place) if item.source]
             drawer = build_drawer(own, self.spec, used)
             records = read_captions(folder / CAPTIONS)
-            draw_captions(drawer, records, out, self.spec, drawn.seed, drawn.batch_size)
+            done = draw_captions(drawer, records, out, self.spec, drawn.seed, drawn.batch_size)
+            if done.missing:
+                why = describe_failures(done.reasons)
+                log.warning("%s: %d captions gave no image (%s)", out, done.missing, why)
             del drawer
             _free_memory()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kka.detectors import detector_name
-from kka.drawers import build_drawer, check_drawer
+from kka.drawers import Bank, Drawer, build_drawer, check_drawer
 from kka.errors import UserError
 from kka.figures.charts import score_unit
 from kka.figures.images import Row, Shown
@@ -234,8 +234,19 @@ def check_parts(loop: Loop) -> None:
     with flags_of("drawer"):
         check_drawer(loop.drawer)
         if loop.drawer.backend != "diffusers":
-            build_drawer(loop.own_drawer, loop.spec)
+            _check_bank(loop, build_drawer(loop.own_drawer, loop.spec))
     with flags_of("tune"):
         check_tuning(loop.tuning)
     with flags_of("pairs"):
         check_pair_settings(loop.pairs)
+
+
+def _check_bank(loop: Loop, drawer: Drawer) -> None:
+    """A bank gives each image once, so all rounds must find enough of them."""
+    s = loop.settings
+    wanted = loop.n_initial + (s.n_untuned + loop.n_rounds * s.n_fresh if loop.n_rounds else 0)
+    if isinstance(drawer, Bank) and len(drawer.paths) < wanted:
+        raise UserError(
+            f"--bank {drawer.root} has {len(drawer.paths)} images, and the loop asks for {wanted}; give a "
+            "larger one, or lower --n_initial, --n_untuned, --n_fresh or --rounds"
+        )
