@@ -11,6 +11,7 @@ interrupted loop continues with the same command.
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ from kka.evaluator import find_evaluator
 from kka.experiment import check_detector, fill_epochs, find_device
 from kka.files import user_path
 from kka.loop import Loop
-from kka.loop_folder import check_loop, check_parts, default_folder, opened, report_loop
+from kka.loop_folder import check_loop, check_parts, default_folder, opened, report_loop, write_table
 from kka.loop_settings import PREFIXED, LoopSettings
 from kka.options import check_name
 from kka.runs import RESULTS
@@ -55,7 +56,10 @@ def main() -> None:
     if not (loop.folder / RESULTS).exists():
         check_parts(loop)
     with opened(loop):
-        rows = run_kka(loop)
+        rows: list[dict[str, Any]] = []
+        for row in run_kka(loop):
+            rows.append(row)
+            write_table(loop, rows)
         print(report_loop(loop, rows))
     print(f"captions, images, detectors, table.md and loop.png are in {loop.folder}")
 

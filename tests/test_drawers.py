@@ -295,7 +295,7 @@ def test_bank_can_be_one_class_folder(bank_root):
 
 def test_bank_in_another_format_is_told_what_it_lacks(tmp_path):
     (tmp_path / "train" / "good").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"--bank .* put images, image.json and caption_sentence.json into it"):
+    with pytest.raises(UserError, match=r"--bank .* put images, image.json and caption_sentence"):
         bank(tmp_path)
 
 

@@ -224,6 +224,7 @@ def test_an_llm_with_one_caption_is_compared_with_nothing_and_ends(world, tmp_pa
     last = done.stderr.splitlines()[-1]
     assert last.startswith(f"error: {tmp_path / 'round_1'}: the LLM gave no usable caption")
     assert "--repeats" in last
+    assert "KKA(0)" in (tmp_path / "table.md").read_text()  # what was finished is not lost
 
 
 def test_a_caption_that_comes_again_is_another_image(world, tmp_path):

@@ -89,13 +89,19 @@ def opened(loop: Loop) -> Iterator[None]:
         yield
 
 
+def write_table(loop: Loop, rows: list[dict[str, Any]]) -> str:
+    """Write table.md of the rounds so far: a loop that ends early has it, too. Returns the table."""
+    table = to_table(read_json(loop.folder / "none.json"), rows)
+    write_bytes(loop.folder / "table.md", table.encode())
+    return table
+
+
 def report_loop(loop: Loop, rows: list[dict[str, Any]]) -> str:
     """Write results.json, table.md and, where matplotlib is installed, loop.png; return the table."""
     none = read_json(loop.folder / "none.json")
     results = {"none": none, "rounds": rows, "seconds_beside": seconds_beside(loop.folder)}
     write_json(loop.folder / RESULTS, results, indent=1)
-    table = to_table(none, rows)
-    write_bytes(loop.folder / "table.md", table.encode())
+    table = write_table(loop, rows)
     try:
         picture(loop)
     except UserError as error:
