@@ -90,6 +90,21 @@ def test_image_types_that_are_not_read_are_named(tmp_path, name):
         read_task(SPEC, root, Choice())
 
 
+@pytest.mark.parametrize("place", ["test", "test/scratch/more", "train/good/more"])
+def test_images_where_none_are_read_are_named(tmp_path, place):
+    root = write_toy_folder(tmp_path, ("scratch",))
+    (root / place).mkdir(exist_ok=True)
+    shutil.copy(root / "train" / "good" / "000.png", root / place / "new.png")
+    with pytest.raises(UserError, match=rf"{root / place}.* move"):
+        read_folder(root)
+
+
+def test_hidden_folders_are_no_kinds_of_anomaly(tmp_path):
+    root = write_toy_folder(tmp_path, ("scratch",))
+    shutil.copytree(root / "test" / "scratch", root / "test" / ".thumbnails")
+    assert set(read_folder(root)[1].classes) == {"good", "scratch"}
+
+
 def test_other_image_types_are_read_and_side_files_are_passed_over(tmp_path):
     root = write_toy_folder(tmp_path)
     picture = Image.open(root / "train/good/000.png")

@@ -35,9 +35,11 @@ def read_folder(root: Path) -> tuple[Images, Images]:
                 f"{root} has no folder {needed.relative_to(root)}; "
                 "put images into train/good, test/good and test/<kind of anomaly>"
             )
+    loose = list_images(root / "test")
+    if loose:
+        raise UserError(f"{loose[0]} is in no folder; move it to test/good or test/<kind of anomaly>")
     test = read_kind(root / "test" / GOOD, target=0)
-    kinds = sorted(p for p in (root / "test").iterdir() if p.is_dir() and p.name != GOOD)
-    for kind in kinds:
+    for kind in (folder for folder in _folders(root / "test") if folder.name != GOOD):
         test += read_kind(kind, target=1)
     return read_kind(root / "train" / GOOD, target=0), test
 
@@ -45,6 +47,9 @@ def read_folder(root: Path) -> tuple[Images, Images]:
 def read_kind(folder: Path, target: int) -> Images:
     """All images of one folder, sorted by name, with their captions if there are any."""
     refuse_others(folder)
+    for inside in _folders(folder):
+        if list_images(inside):
+            raise UserError(f"{inside} holds images, which are not read there; move them up to {folder}")
     paths = tuple(list_images(folder))
     if not paths:
         raise UserError(f"{folder} holds no images")
@@ -56,6 +61,11 @@ def read_kind(folder: Path, target: int) -> Images:
     # The class "0" means generated everywhere; a real kind of that name is none of it.
     name = f"kind_{folder.name}" if folder.name == str(ANOMALY_FOLDER) else folder.name
     return Images(paths, (target,) * len(paths), (name,) * len(paths), captions)
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Folders directly in `folder`, sorted by name; hidden ones are passed over."""
+    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
 def _read_captions(path: Path) -> dict[str, tuple[str, ...]]:
