@@ -1,7 +1,10 @@
 """Which images an experiment takes: user_dict, normal classes, generated anomalies."""
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 from toy import USER_DICT, image_path, write_toy_set
@@ -15,6 +18,17 @@ from kka.options import ExperimentSettings
 UCM = ucm_caption.SPEC
 CHOICE = Choice(user_dict={0: [1, 0], 1: [1, 2, 3]})
 CLASS_SETS = [spec for spec in DATASETS.values() if spec.user_dict]
+
+
+@pytest.mark.parametrize("module", [flower, ucm_caption, cifar100], ids=lambda module: module.SPEC.name)
+def test_edited_user_dict_says_what_is_normal(module):
+    edited = "user_dict: UserDict = {0: [3, 2, 0], 1: [1, 2, 3]}"
+    source, n = re.subn(r"^user_dict.*$", edited, Path(module.__file__).read_text(), flags=re.MULTILINE)
+    names: dict[str, Any] = {}
+    exec(source, names)  # as Python would read the file after the edit
+    assert n == 1
+    assert resolve_folders(names["SPEC"], Choice()) == ({0: [3, 2, 0], 1: [1, 2, 3]}, (2, 3))
+    assert resolve_folders(names["SPEC"], Choice(iterate=True))[0] == {0: [3, 2, 0], 1: [3, 2, 0]}
 
 
 @pytest.mark.parametrize("spec", CLASS_SETS, ids=lambda spec: spec.name)

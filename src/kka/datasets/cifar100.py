@@ -4,12 +4,12 @@ Images by Krizhevsky (2009). Folders are the fine labels, except that fine label
 because folder 0 holds the generated anomalies. Captions are made from the fine label, one per image.
 """
 
-from kka.datasets.layout import DataSetSpec, UserDict
+from kka.datasets.layout import DataSetSpec, UserDict, normal_folders
 
 # {0: training folders, 1: test folders}; folder 0 holds the generated anomalies.
 user_dict: UserDict = {0: [5, 20, 25, 84, 94, 0], 1: list(range(1, 101))}
 # Test on the generated anomalies instead, to see which of them are hard (--iterate).
-iterating_user_dict: UserDict = {0: [5, 20, 25, 84, 94, 0], 1: [5, 20, 25, 84, 94, 0]}
+iterating_user_dict: UserDict = {0: user_dict[0], 1: user_dict[0]}
 
 superclasses: dict[str, tuple[int, ...]] = {
     "aquatic_mammals": (4, 30, 55, 72, 95),
@@ -37,7 +37,7 @@ superclasses: dict[str, tuple[int, ...]] = {
 SPEC = DataSetSpec(
     name="cifar100",
     title="CIFAR-100",
-    normal_classes=superclasses["household_furniture"],
+    normal_classes=normal_folders(user_dict),
     user_dict=user_dict,
     iterating_user_dict=iterating_user_dict,
     caption_stem="caption_sentence",

@@ -54,6 +54,11 @@ class DataSetSpec:
     """named groups of folders for --normal_superclass"""
 
 
+def normal_folders(folders: UserDict) -> tuple[int, ...]:
+    """The class folders on the training side of a user_dict: what is trained on is normal."""
+    return tuple(sorted(i for i in folders[0] if i != ANOMALY_FOLDER))
+
+
 @dataclass(frozen=True)
 class Images:
     """A list of image files with what is known about each; all fields have the same length."""
