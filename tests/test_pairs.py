@@ -88,7 +88,10 @@ def test_a_caption_of_several_images_is_what_most_of_them_are(tmp_path):
     run = write_run(tmp_path / "run", ["lamp", "lamp", "car"], ["Lamp", "car", "car ", "sea"])
     pairs = build(run, validation_share=0)
     assert {(pair["chosen"], pair["rejected"]) for pair in pairs.train} == {("lamp", "car"), ("lamp", "sea")}
-    assert "dropped_both_sides" not in pairs.counts
+    assert pairs.counts == {
+        "hard_images": 3, "easy_images": 4, "dropped_duplicate": 2, "dropped_outvoted": 2, "train": 2,
+        "validation": 0,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -98,6 +101,12 @@ def test_nothing_to_prefer(tmp_path, hard, easy, part):
     run = write_run(tmp_path / "run", hard_captions(hard), easy_captions(easy))
     with pytest.raises(NothingToPreferError, match=f"{part}.*nothing to prefer"):
         build(run, prompt=None)
+
+
+def test_captions_that_are_all_outvoted_are_named(tmp_path):
+    run = write_run(tmp_path / "run", ["lamp", "lamp", "car"], ["lamp"])
+    with pytest.raises(NothingToPreferError, match=r"e_samples.*gives no caption.*dropped_outvoted 1"):
+        build(run)
 
 
 def test_only_shared_captions(tmp_path):

@@ -77,6 +77,8 @@ def build_pairs(
     preferred = [text for key, text in chosen.items() if n_hard[key] > n_easy[key]]
     other = [text for key, text in rejected.items() if n_easy[key] > n_hard[key]]
     counts["dropped_both_sides"] += sum(n_hard[key] == n_easy[key] for key in chosen)
+    outvoted = len(chosen.keys() & rejected.keys()) - counts["dropped_both_sides"]
+    counts["dropped_outvoted"] += outvoted  # on the side where they have fewer images
     for captions, listing in ((preferred, HARD), (other, EASY)):
         if not captions:
             raise NothingToPreferError(
