@@ -36,6 +36,23 @@ def test_a_cell_is_mean_and_t_interval_as_scipy_has_it(tmp_path):
     }  # fmt: skip
 
 
+def test_notes_are_of_the_runs_of_every_column(tmp_path):
+    flower, ucm = (
+        write_run(tmp_path / name, dataset_name=name, n_epochs=2) for name in ("flower", "ucm_caption")
+    )
+    for job in (flower, ucm):
+        change(job, "results.json", n_generated=200)
+    change(flower, "config.json", git_commit="earlier")
+    notes = tabulate("T", [Cell("row", "a", (flower,)), Cell("row", "b", (ucm,))])["notes"]
+    assert [note.split(":")[0] for note in notes[:2]] == [
+        "Generated anomalies of Oxford-102", "Generated anomalies of UCM-Caption",
+    ]  # fmt: skip
+    assert notes[2:] == [
+        "Not the paper's settings: row: n_epochs 2 (200); or n_epochs 2 (300).",
+        "Made by commit abc, earlier on CPU.",
+    ]
+
+
 def test_one_run_shows_no_interval(tmp_path):
     table = tabulate("T", [Cell("row", "column", (write_run(tmp_path / "a"),))])
     assert only_cell(table)["text"] == "80.00 (n = 1)"

@@ -47,10 +47,8 @@ def tabulate(title: str, cells: Sequence[Cell]) -> dict[str, Any]:
         own = {cell.column: cell for cell in cells if cell.row == name}
         filled = [_fill(own[column], runs, problems) if column in own else _empty() for column in columns]
         rows.append({"name": name, "cells": filled})
-    notes = [
-        *problems,
-        *describe_runs({c.row: [runs[j.folder] for j in c.jobs if j.folder in runs] for c in cells}),
-    ]
+    by_row = {name: _runs_of([cell for cell in cells if cell.row == name], runs) for name in names}
+    notes = [*problems, *describe_runs(by_row)]
     return {"title": title, "notes": list(dict.fromkeys(notes)), "columns": columns, "rows": rows}
 
 
@@ -68,6 +66,12 @@ def _read_all(cells: Sequence[Cell]) -> tuple[dict[Path, Finished], list[str]]:
         except UserError as error:
             problems.append(f"{LEFT_OUT}{error}.")
     return runs, problems
+
+
+def _runs_of(cells: Sequence[Cell], runs: dict[Path, Finished]) -> list[Finished]:
+    """The finished ones of all columns, each once."""
+    folders = dict.fromkeys(job.folder for cell in cells for job in cell.jobs)
+    return [runs[folder] for folder in folders if folder in runs]
 
 
 def _empty() -> dict[str, Any]:
