@@ -1,6 +1,7 @@
 """Figures from plain data: files that hold what they were given."""
 
 import hashlib
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -100,6 +101,17 @@ def test_lowest_and_highest_classes_are_chosen():
     aucs = {str(k): [k / 100, k / 100] for k in range(100)}
     chosen = charts.choose_classes({"none": aucs | {"only here": [0.1]}, "KKA": aucs})
     assert chosen == [str(k) for k in (*range(30), *range(90, 100))]
+
+
+def test_titles_of_a_table_do_not_run_together(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(charts, "write_figure", lambda figure, path: drawn.append(figure))
+    titles = ("AUC, %", "minus add/rep random", "minus add/rep hard", "minus base set")
+    charts.draw_table(tmp_path, {title: [("UCM-Caption, 50: hard", [0.01], None)] for title in titles})
+    drawn[0].canvas.draw()
+    boxes = [axis.title.get_window_extent() for axis in drawn[0].axes]
+    assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
+    assert [axis.get_xlabel() for axis in drawn[0].axes] == ["percent", *["points"] * 3]
 
 
 @pytest.mark.parametrize("n", [1, 2])

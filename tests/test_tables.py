@@ -2,7 +2,7 @@
 
 import csv
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -10,9 +10,11 @@ import scipy.stats
 from fabricated import REMOVED, change, write_loop, write_run, write_study
 from toy import read_json
 
-from kka.differences import _describe_drawer
+from kka.detectors import DETECTORS
+from kka.differences import _describe_drawer, other_settings
 from kka.errors import UserError
 from kka.hardness_table import compare
+from kka.loop_settings import LoopSettings
 from kka.metrics import mean_interval
 from kka.runs import read_results
 from kka.tables import Cell, problems_of, tabulate, to_latex, to_markdown, write_table
@@ -199,6 +201,14 @@ def test_notes_name_settings_that_are_not_the_papers(tmp_path):
     assert "stands in for Oxford-102" in notes
     notes = " ".join(tabulate("T", [Cell("SAD", "flower", (write_run(tmp_path / "b"),))])["notes"])
     assert "Not the paper's" not in notes
+
+
+def test_notes_compare_a_loop_with_the_sizes_of_its_data_set():
+    defaults = {**asdict(LoopSettings()), **asdict(DETECTORS["deep_sad"][0]()), "detector": "deep_sad"}
+    loop = {**defaults, "llm_backend": "transformers", "dataset_name": "cifar100", "n_epochs": 150}
+    assert other_settings(loop) == ""
+    assert other_settings({**loop, "n_initial": 50, "repeats": 1}) == "n_initial 50 (1000), repeats 1 (10)"
+    assert other_settings({**loop, "n_initial": 1000, "repeats": 10}) == ""
 
 
 def test_scores_of_images_are_passed_over(tmp_path):

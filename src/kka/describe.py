@@ -203,8 +203,8 @@ def write_captions(settings: CaptionSettings, model_settings: LanguageModelSetti
     if found < settings.n:
         raise UserError(
             f"only {found} of {settings.n} captions are in {settings.out}: {PATIENCE} requests in a row gave "
-            f"no new one (rejected: {reasons}); raise --temperature, leave out --greedy, or "
-            "give other --examples"
+            f"no new one (rejected: {reasons}); raise --temperature, leave out --greedy, "
+            "give other --examples, or let captions come again with --repeats"
         )
     return described
 

@@ -82,8 +82,10 @@ def other_settings(settings: Mapping[str, Any]) -> str:
     """Settings with other values than the defaults, which are the paper's, as "lr 0.001 (0.0001), ..." """
     defaults = _defaults(settings)
     spec = get_spec(settings["dataset_name"])
-    if "n_epochs" in settings and defaults.get("n_epochs") is None:
-        defaults["n_epochs"] = spec.n_epochs
+    by_data_set = {"n_epochs": spec.n_epochs, "n_initial": spec.n_initial, "repeats": spec.caption_repeats}
+    for key in by_data_set.keys() & settings.keys():
+        if defaults.get(key) is None and settings[key] is not None:
+            defaults[key] = by_data_set[key]
     return ", ".join(
         f"{key} {shown(value)} ({shown(defaults[key])})"
         for key, value in sorted(settings.items())

@@ -60,7 +60,9 @@ class ImageSettings:
     out: str | None = option(None, "anomaly folder to write, e.g. <data_path>/0")
     used: tuple[str, ...] = option((), "anomaly folders whose images of the bank are not taken again")
     batch_size: int = option(8, "images drawn at once; halved when the GPU's memory is full")
-    seed: int = option(0, "seed of the images")
+    seed: int = option(
+        0, "seed of the images; another one for each round where captions may come again (--repeats)"
+    )
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ def _cell(values: Sequence[float], asked: int, sign: str = "") -> dict[str, Any]
     text = cell_text(values, asked)
     if sign:  # of a difference, whose number of runs is that of the AUC unless it says another
         mean = 100 * mean_interval(values)[0]
-        text = text.replace(f"{mean:.2f}", f"{mean:+.2f}", 1)
+        text = text.replace(f"{mean:.2f}", f"{mean:+z.2f}", 1)
         text = text.partition(" (")[0] if len(values) == asked else text
     return {"text": text, "aucs": list(values), "paper": "", "runs": len(values)}
 

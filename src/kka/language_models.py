@@ -6,6 +6,7 @@ Here are the settings and the models that run on this machine; kka.chat_servers 
 import importlib.util
 import logging
 import sys
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -314,7 +315,9 @@ def attach_adapter(network: Any, folder: Path) -> Any:
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(network, str(folder))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft uses a name that transformers has changed
+            return PeftModel.from_pretrained(network, str(folder))
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
         raise UserError(f"--adapter {folder} does not fit the model ({first_sentence(error)})") from None
 

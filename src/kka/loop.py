@@ -77,8 +77,7 @@ class Loop:
     @property
     def n_rounds(self) -> int:
         """Number of updates of the anomaly set."""
-        default = 3 if self.spec.name == "cifar100" else 2
-        return self.settings.rounds if self.settings.rounds is not None else default
+        return self.settings.rounds if self.settings.rounds is not None else self.spec.n_updates
 
     def place(self, k: int, name: str) -> Path:
         """A file or folder of round k."""
@@ -167,7 +166,7 @@ class Loop:
     @property
     def n_initial(self) -> int:
         """Captions of round 0."""
-        return self.settings.n_initial or (1000 if self.spec.name == "cifar100" else 200)
+        return self.settings.n_initial or self.spec.n_initial
 
     @property
     def own_drawer(self) -> DrawerSettings:

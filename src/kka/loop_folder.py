@@ -155,7 +155,7 @@ def to_cells(none: Sequence[float | None], rows: Sequence[Mapping[str, Any]]) ->
     ]
     lines = [head, ["none", "", "", "", "0", "", _mean(none), *[""] * len(stages)]]
     for row in rows:
-        margin = "" if row["margin"] is None else f"{row['margin']:+.3f}"
+        margin = "" if row["margin"] is None else f"{row['margin']:+z.3f}"
         seconds = [f"{row['seconds'].get(stage, 0):.0f}" for stage in stages]
         cells = [
             f"KKA({row['round']})",

@@ -168,8 +168,7 @@ class Plan:
 
     def n_rounds(self, spec: DataSetSpec) -> int:
         """Updates of a loop, as iterate.py has them."""
-        default = 3 if spec.name == "cifar100" else 2
-        return self.settings.rounds if self.settings.rounds is not None else default
+        return self.settings.rounds if self.settings.rounds is not None else spec.n_updates
 
 
 def _decides(flag: str) -> bool:

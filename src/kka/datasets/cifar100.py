@@ -47,6 +47,8 @@ SPEC = DataSetSpec(
         "sentence only, in exactly the structure and style of these descriptions:\n{examples}"
     ),
     n_epochs=150,
+    n_initial=1000,
+    n_updates=3,
     caption_repeats=10,
     superclasses=superclasses,
 )

@@ -48,6 +48,10 @@ class DataSetSpec:
     """request to the LLM with a place for {examples}, captions of normal images"""
     n_epochs: int
     """training epochs of the detector (paper, Section IV)"""
+    n_initial: int = 200
+    """generated anomalies of round 0 (paper)"""
+    n_updates: int = 2
+    """updates of the anomaly set (paper)"""
     caption_repeats: int = 1
     """times that the LLM may give one caption: more where captions only name a thing"""
     superclasses: dict[str, tuple[int, ...]] = field(default_factory=dict)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -293,7 +294,7 @@ def draw_margins(path: Path, rounds: Mapping[str, Mapping[str, Sequence[tuple[fl
 def draw_table(
     path: Path, columns: Mapping[str, Sequence[tuple[str, Sequence[float], float | None]]]
 ) -> None:
-    """A table's AUCs, or their differences, as points.
+    """A table's AUCs, or their differences ("minus ..."), as points.
 
     {column: [(row, values of the runs in [-1, 1], the paper's mean in percent)]}.
     """
@@ -303,7 +304,13 @@ def draw_table(
         axes = figure.subplots(1, len(columns), sharey=False, squeeze=False)[0]
         for axis, (title, rows) in zip(axes, columns.items(), strict=True):
             _draw_column(axis, rows, first=axis is axes[0])
-            axis.set(title=title, xlabel="percent")
+            difference = title.startswith("minus ")
+            if difference:
+                axis.axvline(0, color=MUTED, linewidth=0.8)
+            axis.set(
+                title=fill(title, max(8, 64 // len(columns)), break_long_words=False),
+                xlabel="points" if difference else "percent",
+            )
         handles = {label: h for a in axes for h, label in zip(*a.get_legend_handles_labels(), strict=True)}
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2)
         write_figure(figure, path)

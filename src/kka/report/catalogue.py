@@ -238,7 +238,7 @@ def _margins(material: Material, path: Path) -> Drawn:
     rounds = data.margin_series(material.loops)
     charts.draw_margins(path, rounds)
     ends = [
-        f"{title}, {name} pairs: from {points[0][1]:+.3f} to {points[-1][1]:+.3f}"
+        f"{title}, {name} pairs: from {points[0][1]:+z.3f} to {points[-1][1]:+z.3f}"
         for title, kinds in rounds.items()
         for name, points in kinds.items()
     ]
@@ -260,7 +260,7 @@ def _table(material: Material, path: Path) -> Drawn:
         raise data.NoDataError("no cell of the table has a run")
     charts.draw_table(path, columns)
     return (
-        "Mean and 95 % t-interval over runs, in percent; a point without an interval is one run.",
+        "Mean and 95 % t-interval over runs; a point without an interval is one run.",
         "The numbers are those of the table above.",
     )
 
