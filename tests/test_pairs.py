@@ -84,7 +84,7 @@ def test_bad_captions_are_dropped_and_counted(tmp_path):
     }  # fmt: skip
 
 
-def test_a_caption_of_several_images_is_what_most_of_them_are(tmp_path):
+def test_a_caption_of_several_images_counts_by_its_share_of_hard_ones(tmp_path):
     run = write_run(tmp_path / "run", ["lamp", "lamp", "car"], ["Lamp", "car", "car ", "sea"])
     pairs = build(run, validation_share=0)
     assert {(pair["chosen"], pair["rejected"]) for pair in pairs.train} == {("lamp", "car"), ("lamp", "sea")}
@@ -103,10 +103,11 @@ def test_nothing_to_prefer(tmp_path, hard, easy, part):
         build(run, prompt=None)
 
 
-def test_captions_that_are_all_outvoted_are_named(tmp_path):
-    run = write_run(tmp_path / "run", ["lamp", "lamp", "car"], ["lamp"])
-    with pytest.raises(NothingToPreferError, match=r"e_samples.*gives no caption.*dropped_outvoted 1"):
-        build(run)
+def test_where_nearly_all_are_hard_those_that_are_less_often_are_rejected(tmp_path):
+    run = write_run(tmp_path / "run", ["lamp", "lamp", "car", "sea", "sea", "sea"], ["lamp", "sea"])
+    pairs = build(run, validation_share=0)  # 3 of 4 are hard, 2 of 3 lamps, and of seas as many as of all
+    assert [(pair["chosen"], pair["rejected"]) for pair in pairs.train] == [("car", "lamp")]
+    assert (pairs.counts["dropped_outvoted"], pairs.counts["dropped_both_sides"]) == (1, 1)
 
 
 def test_only_shared_captions(tmp_path):

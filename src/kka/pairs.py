@@ -70,15 +70,12 @@ def build_pairs(
     hard, easy = (_read_side(run / listing, names, manifest) for listing in (HARD, EASY))
     counts: Counter[str] = Counter(hard_images=len(hard), easy_images=len(easy))
     chosen, rejected = _distinct(hard.values(), counts), _distinct(easy.values(), counts)
-    # A caption of several images is what most of them are; drawn as often hard as easy it says nothing.
-    n_hard, n_easy = (
-        Counter(_key(text) for text in side.values() if not _text_fault(text)) for side in (hard, easy)
-    )
-    preferred = [text for key, text in chosen.items() if n_hard[key] > n_easy[key]]
-    other = [text for key, text in rejected.items() if n_easy[key] > n_hard[key]]
-    counts["dropped_both_sides"] += sum(n_hard[key] == n_easy[key] for key in chosen)
-    outvoted = len(chosen.keys() & rejected.keys()) - counts["dropped_both_sides"]
-    counts["dropped_outvoted"] += outvoted  # on the side where they have fewer images
+    lead = _lead(hard.values(), easy.values())
+    preferred = [text for key, text in chosen.items() if lead[key] > 0]
+    other = [text for key, text in rejected.items() if lead[key] < 0]
+    both = chosen.keys() & rejected.keys()
+    counts["dropped_both_sides"] += sum(lead[key] == 0 for key in both)
+    counts["dropped_outvoted"] += sum(lead[key] != 0 for key in both)  # on the side that they are not on
     for captions, listing in ((preferred, HARD), (other, EASY)):
         if not captions:
             raise NothingToPreferError(
@@ -206,6 +203,17 @@ def _distinct(captions: Iterable[Any], counts: Counter[str]) -> dict[str, str]:
         else:
             kept[_key(caption)] = " ".join(caption.split())
     return kept
+
+
+def _lead(hard: Iterable[Any], easy: Iterable[Any]) -> dict[str, int]:
+    """By how much the share of hard images of each caption is above that of all (> 0), times a number.
+
+    So a caption of one image is on the side that Eq. (6) gives it, and one of several images, some of which
+    are hard, is preferred to those of which fewer are.
+    """
+    n_hard, n_easy = (Counter(_key(text) for text in side if not _text_fault(text)) for side in (hard, easy))
+    all_hard, all_easy = n_hard.total() or 1, n_easy.total() or 1
+    return {key: n_hard[key] * all_easy - n_easy[key] * all_hard for key in n_hard | n_easy}
 
 
 def _split_and_pair(
