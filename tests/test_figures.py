@@ -103,6 +103,14 @@ def test_lowest_and_highest_classes_are_chosen():
     assert chosen == [str(k) for k in (*range(30), *range(90, 100))]
 
 
+def test_sets_of_one_size_share_a_label(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(charts, "write_figure", lambda figure, path: drawn.append(figure))
+    same = [Size(200, [0.7], "KKA(1)"), Size(200, [0.7], "KKA(2)"), Size(100, [0.6], "KKA(0)")]
+    charts.draw_sizes(tmp_path, {"rep": same})
+    assert [text.get_text() for text in drawn[0].axes[0].texts] == ["KKA(0)", "KKA(1), KKA(2)"]
+
+
 def test_titles_of_a_table_do_not_run_together(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(charts, "write_figure", lambda figure, path: drawn.append(figure))

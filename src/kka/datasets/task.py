@@ -124,7 +124,7 @@ def hold_known(test: Images, choice: Choice, root: Path) -> tuple[Images, Images
     left = [i for i in range(len(test)) if i not in gone]
     if not any(test.targets[i] for i in left):
         flag = f"--n_anomaly {choice.n_known}" if kind is None else f"--know_class {kind!r}"
-        remedy = "give a smaller number" if kind is None else "leave it out"
+        remedy = "give a smaller number" if kind is None and choice.n_known > 1 else "leave it out"
         raise UserError(f"{flag} leaves no anomaly in the test set of {root} to test on; {remedy}")
     return test.take(left), test.take(sorted(chosen.tolist()))
 

@@ -141,9 +141,13 @@ def draw_sizes(path: Path, series: Mapping[str, Sequence[Size]]) -> None:
             means, halves = _intervals([point.aucs for point in points])
             style = look(k) | {"capsize": 2.5, "elinewidth": 0.9, "label": name}
             axis.errorbar([point.n for point in points], means, halves, **style)
-            sides = ["right", *["center"] * (len(points) - 2), "left"]  # neighbours are closer than words
-            for point, mean, half, side in zip(points, means, halves, sides, strict=False):
-                _annotate(axis, point.label, (point.n, mean + half), SERIES[k % len(SERIES)], side)
+            tops: dict[int, float] = {}
+            for point, mean, half in zip(points, means, halves, strict=True):
+                tops[point.n] = max(mean + half, tops.get(point.n, 0.0))
+            sides = ["right", *["center"] * (len(tops) - 2), "left"]  # neighbours are closer than words
+            for (n, top), side in zip(tops.items(), sides, strict=False):
+                text = ", ".join(point.label for point in points if point.n == n and point.label)
+                _annotate(axis, text, (n, top), SERIES[k % len(SERIES)], side)
         axis.set_xlabel("number of generated anomalies in training")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.margins(x=0.14, y=0.1)
