@@ -151,8 +151,8 @@ class Loop:
             _free_memory()
         if not described.captions:
             raise NoCaptionsError(
-                f"{folder}: the LLM gave no usable caption (rejected: {described.reasons()}); in another "
-                "folder give another LLM, other --examples, fewer --rounds, more --llm_temperature or --repeats"
+                f"{folder}: the LLM gave no usable caption (rejected: {described.reasons()}); start "
+                "anew with another LLM, other --examples, fewer --rounds, more --llm_temperature or --repeats"
             )
         if len(described.captions) < n:
             found = len(described.captions)
