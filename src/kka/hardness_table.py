@@ -31,11 +31,11 @@ def compare(title: str, cells: Sequence[Cell]) -> dict[str, Any]:
         if different := mixed_settings(everyone[name], ignored=GROWING):
             problems.append(f"{MIXED}{name}: its runs differ in {different}.")
             continue
-        for n, key in _trained(everyone[name]):
-            title_of_row = f"{name}, {n}: {key}"
+        trained = _trained(everyone[name])
+        for n, key in trained:
             found = [study.results["sets"][n] for _, study in studies if _has(study, n, key)]
-            rows.append(_row(title_of_row, key, found, len(cell.jobs)))
-            problems += _missing(studies, n, key, title_of_row)
+            rows.append(_row(f"{name}, {n}: {key}", key, found, len(cell.jobs)))
+        problems += _missing(studies, trained, name)
     notes = [
         *problems,
         "Differences are points of AUC between trainings of the same base set, pool and seed; intervals are "
@@ -73,14 +73,24 @@ def _has(study: Finished, n: str, key: str) -> bool:
     return key in study.results["sets"].get(n, EMPTY)["aucs"]
 
 
-def _missing(studies: Sequence[tuple[Job, Finished]], n: str, key: str, title: str) -> list[str]:
+def _missing(
+    studies: Sequence[tuple[Job, Finished]], trained: Sequence[tuple[str, str]], name: str
+) -> list[str]:
     """Notes on studies that lack a set; what they were not asked for now is no problem, they may grow."""
-    notes = []
+    notes, growing = [], set()
     for job, study in studies:
-        if not _has(study, n, key):
-            asked = ("sets", n, "aucs", key) in job.parts
-            notes.append(f"{LEFT_OUT if asked else 'Not in all studies: '}{job.folder} has no {title}.")
+        lacking = {(n, key) for n, key in trained if not _has(study, n, key)}
+        asked = {(n, key) for n, key in lacking if ("sets", n, "aucs", key) in job.parts}
+        growing |= lacking - asked
+        if asked:
+            notes.append(f"{LEFT_OUT}{job.folder} has no {name}, {_titles(trained, asked)}.")
+    if growing:
+        notes.append(f"Not in all studies: {name}, {_titles(trained, growing)}.")
     return notes
+
+
+def _titles(trained: Sequence[tuple[str, str]], chosen: set[tuple[str, str]]) -> str:
+    return "; ".join(f"{n}: {key}" for n, key in trained if (n, key) in chosen)
 
 
 def _row(title: str, key: str, found: Sequence[dict[str, Any]], asked: int) -> dict[str, Any]:
