@@ -137,9 +137,9 @@ class Cleaner:
         if self._examples.has_near(caption):
             return "copy of an example"
         again = 0 < self._given[tuple(split_words(caption))] < self._repeats
-        if self._known.has_same(caption) and not again:
+        if not again and self._known.has_same(caption):
             return "duplicate"
-        if self._known.has_near(caption) and not again:
+        if not again and self._known.has_near(caption):
             return "near duplicate"
         if self._is_normal is not None and self._is_normal(caption):
             return "normal class"
