@@ -105,6 +105,11 @@ def read_lines(path: Path) -> list[tuple[int, Any]]:
     return values
 
 
+def has_manifest(folder: Path) -> bool:
+    """Whether this project has drawn into the folder, by one process or several."""
+    return any(folder.glob("manifest*.jsonl"))
+
+
 def live(items: Sequence[Item]) -> list[Item]:
     """The items that are in the set, in the order of `image.json`."""
     return [item for item in items if item.replaced is None]
@@ -133,7 +138,7 @@ def check_fields(value: Mapping[str, Any], where: str) -> None:
 
 def refuse_foreign(folder: Path) -> None:
     """Raises UserError if the folder holds images that this project did not make: they are never touched."""
-    if any(folder.glob("manifest*.jsonl")) or not folder.exists():
+    if has_manifest(folder) or not folder.exists():
         return
     if not folder.is_dir():
         raise UserError(f"{folder} is a file; choose a folder")

@@ -184,12 +184,13 @@ class Loop:
         """Draw a folder's captions; the bank gives no image of the earlier folders again."""
         if (out / NAME_LIST["train"]).exists():
             return
-        # One caption at one place of two folders would else be one image.
-        apart = derive_seed(self.settings.seed, "images", folder.name) % 2**31
+        seed = self.settings.seed
+        if self._repeats > 1:  # one caption at one place of two folders would else be one image
+            seed = derive_seed(seed, "images", folder.name) % 2**31
         drawn = ImageSettings(
             captions=str(folder / CAPTIONS), dataset_name=self.spec.name, out=str(out),
             used=tuple(map(str, earlier)) if self.drawer.backend == "bank" else (),
-            batch_size=self.settings.draw_batch, seed=self.settings.seed if self._repeats == 1 else apart,
+            batch_size=self.settings.draw_batch, seed=seed,
         )  # fmt: skip
         own = self.own_drawer
         with self._timed(folder, "draw", "create/create_image.py", drawn, own), flags_of("drawer"):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kka.anomalies import has_manifest
 from kka.datasets import folder, mvtec
 from kka.datasets.folder import read_folder
 from kka.datasets.layout import (
@@ -15,6 +16,7 @@ from kka.datasets.layout import (
     Images,
     UserDict,
     list_images,
+    normal_folders,
     read_class_folder,
     refuse_others,
 )
@@ -136,8 +138,7 @@ def resolve_folders(spec: DataSetSpec, choice: Choice) -> tuple[UserDict, tuple[
     """
     if choice.user_dict is not None:
         folders = choice.user_dict
-        normal = choice.normal_classes or tuple(i for i in folders[0] if i != ANOMALY_FOLDER)
-        return folders, normal
+        return folders, choice.normal_classes or normal_folders(folders)
     default = spec.iterating_user_dict if choice.iterate else spec.user_dict
     if not choice.normal_classes:
         return default, spec.normal_classes
@@ -157,7 +158,7 @@ def read_anomalies(folder: Path, spec: DataSetSpec, advice: str = ADVICE) -> Ima
         raise UserError(f"there is no folder {folder} with generated anomalies; {advice}")
     if (folder / NAME_LIST["train"]).exists():
         images = read_class_folder(folder, "train", 1, spec, class_name=str(ANOMALY_FOLDER))
-    elif any(folder.glob("manifest*.jsonl")):  # the name list comes last
+    elif has_manifest(folder):  # the name list comes last
         raise UserError(
             f"{folder} is not finished: its images are being drawn, or were until an interruption; "
             "finish it with the same call of create/create_image.py"
